@@ -1,0 +1,232 @@
+"""What surrounds the figures: where they come from, how a killed run goes on, and the sheet that shows them.
+
+A figure without its command, commit, weights and machine cannot be repeated, so every report carries them.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "insightface",
+    "onnxruntime",
+    "numpy",
+    "opencv-python",
+    "numba",
+)
+
+
+# ------------------------------------------------------------------------------------ where it comes from
+
+
+def provenance(model: str) -> dict:
+    """Command, commit, model version, machine and library versions. `model`: the checkpoint folder as it
+    was typed."""
+    return {
+        "command": " ".join(["python -m facesnap.evaluation", *sys.argv[1:]]),
+        "commit": commit(),
+        "model": {"name": model, "version": fingerprint(Path(model))},
+        "machine": machine(),
+        "libraries": {"python": platform.python_version(), **{n: _version(n) for n in LIBRARIES}},
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a
+    repository."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or an installed package
+        return "unknown"
+
+
+def fingerprint(folder: Path) -> str:
+    """Twelve digits that change with any weight or setting: a hash over the names and contents of all
+    files."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise FileNotFoundError(
+            f"no model in {folder}: give the folder of a checkpoint, for example assets/mini"
+        )
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def machine() -> dict:
+    """Processor, cores this process may use, memory (GB)."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        name = names[0] if names else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, object] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": name,
+        "cores": cores,
+    }
+    if hasattr(os, "sysconf"):
+        found["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return found
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process ever held (GB): model, face pack, scorer and renderer together."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, kilobytes on Linux
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+# -------------------------------------------------------------------------------------------- going on
+
+
+class Ledger:
+    """Results of single pictures, one JSON line each, so that a killed run continues where it stopped.
+
+    The first line holds the settings; a file of other settings is refused rather than mixed in. A line that
+    the kill cut short is dropped. `ledger.get(key)` is a former result or None; `ledger.put(key, result)`
+    writes at once.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path = path
+        self.rows: dict[str, dict] = {}
+        lines = list(self._read()) if path.exists() else []
+        if lines and lines[0] != settings:
+            differing = sorted(k for k in {*lines[0], *settings} if lines[0].get(k) != settings.get(k))
+            raise ValueError(
+                f"{path.name} holds results of another run (different: {', '.join(differing)}): "
+                "give another --out, or delete it"
+            )
+        self.rows = {row.pop("key"): row for row in lines[1:]}
+        # Written anew, which also removes a line cut short; a kill in between loses nothing, since replace
+        # is atomic.
+        whole = path.with_suffix(".new")
+        rows = [settings, *({"key": k, **row} for k, row in self.rows.items())]
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(whole, path)
+
+    def _read(self) -> Iterator[dict]:
+        for line in self.path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+    def get(self, key: str) -> dict | None:
+        return self.rows.get(key)
+
+    def put(self, key: str, row: dict) -> dict:
+        self.rows[key] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps({"key": key, **row}) + "\n")
+        return row
+
+
+def rounded(value: object, digits: int = 4) -> object:
+    """The same tree of dicts and lists with floats of `digits` decimals."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    return round(float(value), digits) if isinstance(value, (float, np.floating)) else value
+
+
+def write(path: Path, report: dict) -> None:
+    path.write_text(json.dumps(rounded(report), indent=1) + "\n")
+
+
+def table(rows: Sequence[tuple[str, object, str]]) -> str:
+    """Lines of name, value and remark, for the terminal."""
+    shown = [(n, f"{v:.3f}" if isinstance(v, float) else str(v), remark) for n, v, remark in rows]
+    wide, deep = max(len(n) for n, _, _ in shown), max(len(v) for _, v, _ in shown)
+    return "\n".join(f"{n:<{wide}}  {v:>{deep}}  {remark}".rstrip() for n, v, remark in shown)
+
+
+# ------------------------------------------------------------------------------------------- the sheet
+
+INK, PAPER, GREY = (28, 28, 32), (255, 255, 255), (110, 110, 118)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    path: Path,
+    *,
+    captions: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
+    cell: int = 256,
+) -> None:
+    """Rows of pictures (H, W, 3) under column titles, saved as PNG or JPEG by the ending of `path`.
+
+    captions: one line under each row (the prompt). notes: a short word under each picture, "" for none.
+    Pictures are fitted into cells of `cell` pixels and never stretched.
+    """
+    gap, head = 12, 40
+    font, small = ImageFont.load_default(18), ImageFont.load_default(15)
+    line = 21
+    below = line * ((captions is not None) + (notes is not None)) + 8
+    width = gap + len(titles) * (cell + gap)
+    sheet = Image.new("RGB", (width, head + len(rows) * (cell + below + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (cell + gap) + cell / 2, head / 2), title, INK, font, anchor="mm")
+    for r, row in enumerate(rows):
+        top = head + r * (cell + below + gap)
+        for column, picture in enumerate(row):
+            left = gap + column * (cell + gap)
+            image = Image.fromarray(picture)
+            scale = cell / max(image.size)
+            image = image.resize(
+                (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+            )
+            sheet.paste(image, (left + (cell - image.width) // 2, top + (cell - image.height) // 2))
+            if notes and notes[r][column]:
+                draw.text(
+                    (left + cell / 2, top + cell + line / 2 + 2), notes[r][column], GREY, small, anchor="mm"
+                )
+        if captions:
+            text = _shortened(captions[r], small, width - 2 * gap)
+            middle = top + cell + line * (notes is not None) + line / 2 + 2
+            draw.text((width / 2, middle), text, INK, small, anchor="mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=88, optimize=True)  # PNG knows no quality and ignores it
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

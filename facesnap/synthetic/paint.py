@@ -39,7 +39,6 @@ def face(x, y, z, p, c):
     ex = p.eye_spacing
     ey = p.eye_y
     my = p.mouth_y
-    mw = p.mouth_width
     tip = ey - p.nose_length
     smile = max(p.smile, 0.0)
     red = p.blush * bump(ax - 0.40, y - (ey - 0.27), 0.13, 0.10) + 0.25 * p.blush * bump(x, y - tip, 0.09, 0.07)

@@ -1,0 +1,127 @@
+"""What the diffusion model is asked to do: noise, targets, weights, and the masked loss, equation 3 of
+the paper.
+
+Latents are (B, C, h, w). `alphas_cumprod` is the scheduler's ᾱ at each sample's timestep, (B,): a noisy
+latent is √ᾱ x₀ + √(1−ᾱ) ε. Predictions are of ε ("epsilon") or of v = √ᾱ ε − √(1−ᾱ) x₀ ("v_prediction"),
+as diffusers names them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("epsilon", "v_prediction")
+
+
+def stratified_timesteps(batch: int, num: int, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) timesteps in 0..num−1, one from each of B equal parts of the range, in random order.
+
+    Each is uniform on its own, but a batch covers all noise levels, which calms the loss.
+    """
+    device = generator.device if generator is not None else None
+    parts = torch.randperm(batch, generator=generator, device=device)
+    inside = torch.rand(batch, generator=generator, device=device)
+    return ((parts + inside) / batch * num).long().clamp_(max=num - 1)  # the sum may round up to the end
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """√ᾱ x₀ + √(1−ᾱ) ε."""
+    a = _over_pixels(alphas_cumprod)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def diffusion_target(kind: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """What a model of this kind should predict."""
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        a = _over_pixels(alphas_cumprod)
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
+    raise ValueError(f"prediction kind {kind!r} is not known; choose one of {', '.join(KINDS)}")
+
+
+def predicted_latents(kind: str, prediction: Tensor, noisy: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The x₀ that a prediction amounts to."""
+    a = _over_pixels(alphas_cumprod)
+    if kind == "epsilon":
+        return (noisy - (1 - a).sqrt() * prediction) / a.sqrt()
+    if kind == "v_prediction":
+        return a.sqrt() * noisy - (1 - a).sqrt() * prediction
+    raise ValueError(f"prediction kind {kind!r} is not known; choose one of {', '.join(KINDS)}")
+
+
+def min_snr_weight(kind: str, alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
+    """(B,) weights of Min-SNR-γ (arXiv 2303.09556): an x₀ loss weighed by min(SNR, γ), in this kind's
+    units."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    capped = snr.clamp(max=gamma)
+    if kind == "epsilon":
+        return capped / snr
+    if kind == "v_prediction":
+        return capped / (snr + 1)
+    raise ValueError(f"prediction kind {kind!r} is not known; choose one of {', '.join(KINDS)}")
+
+
+def latent_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """A pixel mask (B, 1, H, W) in [0, 1] on the latent grid (h, w): the share of each cell that it
+    covers."""
+    return F.interpolate(mask.float(), size=tuple(size), mode="area")
+
+
+def masked_diffusion_loss(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    weight: Tensor | None = None,
+    background: float = 0.0,
+    as_printed: bool = False,
+) -> Tensor:
+    """Equation 3, ‖(target − prediction) ⊙ M‖²: the mean over the batch, in float32.
+
+    `mask` (B, 1, H, W) is 1 on the region of the face, at the size of the picture or of the latents.
+    `background` is the M of everything else: 0 as in the paper, small while the base model learns too.
+    `weight` (B,) weighs samples. Each sample's sum is divided by its own ΣM², so that a small face counts
+    as much as a large one and a constant residual r costs r²; `as_printed` divides by the number of
+    elements instead. A sample whose M is zero everywhere costs nothing.
+    """
+    m = background + (1 - background) * latent_mask(mask, target.shape[-2:])
+    error = ((target.float() - prediction.float()) * m).square().mean(1)  # (B, h, w)
+    if as_printed:
+        loss = error.mean((1, 2))
+    else:
+        area = m.square().sum((1, 2, 3))
+        loss = torch.where(area > 0, error.sum((1, 2)) / area.clamp(min=1e-12), 0.0)
+    return (loss if weight is None else loss * weight).mean()
+
+
+def identity_loss(reference: Tensor, generated: Tensor) -> Tensor:
+    """Equation 4: 1 − cos between two batches of embeddings (B, D), the mean over the batch."""
+    return (1 - F.cosine_similarity(reference.float(), generated.float(), dim=-1)).mean()
+
+
+def drop_mask(batch: int, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) bool, true for the samples that do without a condition: each with probability `share`."""
+    device = generator.device if generator is not None else None
+    return torch.rand(batch, generator=generator, device=device) < share
+
+
+def drop_text(
+    tokens: Tensor,
+    pooled: Tensor,
+    empty_tokens: Tensor,
+    empty_pooled: Tensor,
+    share: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace the text (B, n, d) and its pooled form (B, p) of some samples by those of the empty prompt,
+    (n, d) and (p,): what the unconditional half of classifier-free guidance will see."""
+    dropped = drop_mask(len(tokens), share, generator).to(tokens.device)
+    return (
+        torch.where(dropped[:, None, None], empty_tokens.to(tokens.dtype), tokens),
+        torch.where(dropped[:, None], empty_pooled.to(pooled.dtype), pooled),
+    )
+
+
+def _over_pixels(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,106 @@
+"""The Landmark Predictor: the shape of one head, the pose and expression of another → the 72 landmarks to draw.
+
+    L = s_d · Π · R_d · (M + B_id α_src + B_exp δ_drv) + t_d
+
+Shape α comes from the reference; pose R, scale s, place t and expression δ from the driver: a picture, or numbers.
+Only the model's reconstruction of the driver is used. What the fit could not explain of the driver's landmarks is
+mostly the driver's own face, so it is not added back.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from facesnap import landmarks
+from facesnap.heads import Head, LinearHeadModel, rotation_from_euler
+from facesnap.images import InputError
+
+if TYPE_CHECKING:
+    from facesnap.faces import Face
+
+
+class LandmarkPredictor:
+    """Predicts landmarks with a head model. Holds nothing else, so it may be made and dropped at will."""
+
+    def __init__(self, model: LinearHeadModel) -> None:
+        self.model = model
+
+    def reconstruct(self, faces: "Face | Sequence[Face]") -> list[Head]:
+        """The faces, all of one person, → a Head for each with one common identity."""
+        several = faces if isinstance(faces, Sequence) else [faces]
+        return self.model.fit([face.landmarks for face in several], [face.size for face in several])
+
+    def predict(self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0) -> np.ndarray:
+        """The landmarks (72, 2), float32, of `shape`'s face held as `driver`, in a picture of size (height, width).
+
+        The driver's picture is fitted whole into the new one and centred, never stretched. strength multiplies
+        the driver's expression.
+        """
+        head = replace(driver, identity=shape.identity, expression=strength * driver.expression)
+        return letterbox(self.model.project(head), driver.size, size)
+
+    def from_numbers(
+        self,
+        *,
+        yaw: float = 0.0,
+        pitch: float = 0.0,
+        roll: float = 0.0,
+        head_size: float = 0.45,
+        expression: Mapping[str, float] | np.ndarray | None = None,
+        strength: float = 1.0,
+        centre: tuple[float, float] = (0.5, 0.55),
+        size: tuple[int, int] = (1024, 1024),
+    ) -> Head:
+        """A driver from numbers, with the mean identity, in a picture of size (height, width).
+
+        yaw, pitch, roll: degrees; yaw > 0 turns to the picture's right, pitch > 0 looks down, roll > 0 tilts
+            counter-clockwise.
+        head_size: from brows to chin of the mean face, held frontally, over the picture's shorter side.
+        expression: {name: weight} of the model's expression_names, or coefficients (E,); times strength.
+        centre: where the middle of the face falls, as fractions of the picture's width and height.
+
+        Raises InputError for an expression that the model does not know.
+        """
+        height, width = size
+        mean = self.model.mean
+        scale = head_size * min(size) / float(np.ptp(mean[:, 1]))
+        rotation = rotation_from_euler(yaw, pitch, roll)
+        # The middle between brows and chin, temples, nose tip and ears: there a head turns without leaving its place.
+        middle = rotation @ (mean.min(axis=0) + mean.max(axis=0)) / 2
+        return Head(
+            identity=np.zeros(self.model.num_identity, dtype=np.float32),
+            expression=strength * self._expression(expression),
+            rotation=rotation,
+            scale=scale,
+            translation=np.array([centre[0] * width - 0.5, centre[1] * height - 0.5])
+            - scale * middle[:2] * [1, -1],
+            size=size,
+        )
+
+    def _expression(self, expression: Mapping[str, float] | np.ndarray | None) -> np.ndarray:
+        coefficients = np.zeros(self.model.num_expression, dtype=np.float32)
+        if isinstance(expression, Mapping):
+            names = self.model.expression_names
+            for name, weight in expression.items():
+                if name not in names:
+                    nearest = difflib.get_close_matches(name, names, n=1)
+                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(names) or 'none'}."
+                    raise InputError(f"The head model has no expression {name!r}; {hint}")
+                coefficients[names.index(name)] = weight
+        elif expression is not None:
+            coefficients[:] = expression
+        return coefficients
+
+
+def letterbox(points: np.ndarray, source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+    """Points (..., 2) of a picture of size `source` → where they are when it is fitted whole into `target`.
+
+    Sizes are (height, width). One scale for both axes, and the picture centred. The halves are there because
+    whole numbers are the centres of pixels.
+    """
+    scale = min(target[0] / source[0], target[1] / source[1])
+    shift = (np.array(target[::-1]) - scale * np.array(source[::-1])) / 2
+    return ((points + 0.5) * scale + shift - 0.5).astype(np.float32)

@@ -1,0 +1,282 @@
+"""A picture → a `Face`: box, points, identity embedding and the crop for the CLIP-form encoder.
+
+Everything goes through the InsightFace library and a pack of ONNX files given by its folder: the mini's own,
+or antelopev2 where a user has it. A detector that finds nothing is tried at other sizes and on a larger grey
+canvas (a face that fills the picture is missed by most), then OpenCV's Haar cascade is asked. What stays is
+an `InputError` that says so.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from insightface.app import FaceAnalysis
+from insightface.app.common import Face as InsightFace
+from insightface.model_zoo import get_model
+from insightface.utils.face_align import norm_crop
+
+from facesnap.images import InputError
+
+SMALLEST = 32  # pixels: below this, an embedding says little about the person
+CROP_SIZE, CROP_SCALE = 224, 1.8  # the encoder's picture; 1.8 boxes wide, so that the hair is in it
+CASCADES = (  # of OpenCV, and whether the picture is mirrored: there is one cascade for profiles
+    ("frontalface_alt2", False),
+    ("frontalface_default", False),
+    ("profileface", False),
+    ("profileface", True),
+)
+TASKS = {"detection": "face detector", "landmark_3d_68": "3D landmark net", "recognition": "recogniser"}
+
+
+@dataclass(frozen=True)
+class Face:
+    """The largest face of a picture. Points are pixels of that picture, x right, y down.
+
+    box (4,) x0 y0 x1 y1; score of the detector, 0 for Haar; keypoints (5, 2): eyes, nose tip, mouth corners;
+    landmarks (68, 3): iBUG-68, z towards the camera in pixels, its zero meaningless; embedding (512,) not
+    normalised; crop (224, 224, 3) RGB uint8; size (height, width) of the picture; count of faces seen;
+    found_by "detector", "resized", "padded" or "haar"."""
+
+    box: np.ndarray
+    score: float
+    keypoints: np.ndarray
+    landmarks: np.ndarray
+    embedding: np.ndarray
+    crop: np.ndarray
+    size: tuple[int, int]
+    count: int
+    found_by: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Boxes (N, 4) and key points (N, 5, 2) in the picture's pixels, scores (N,)."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    keypoints: np.ndarray | None
+    by: str
+
+
+class FaceAnalyser:
+    """InsightFace on a pack of one's own, with second chances.
+
+    `pack_dir` holds the ONNX files of an SCRFD-form detector, a 3D-68 landmark net and a recogniser, under
+    any names. `sizes` are the detector's input sizes: a picture is first searched at the smallest and, where
+    it is larger than that, at the second; the others are for when nothing was found."""
+
+    def __init__(
+        self,
+        pack_dir: str | Path,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        *,
+        sizes: tuple[int, ...] = (256, 640, 384, 160),
+        threshold: float = 0.5,
+    ):
+        self.pack_dir = _pack_folder(Path(pack_dir))
+        self.sizes, self.threshold = sizes, threshold
+        try:
+            analysis = FaceAnalysis(
+                name=str(self.pack_dir), allowed_modules=list(TASKS), providers=list(providers)
+            )
+        except AssertionError:  # InsightFace's way of saying that no file looks like a detector
+            raise InputError(_lacks(pack_dir, "detection")) from None
+        except Exception as error:  # onnxruntime's and protobuf's errors share no ancestor but this
+            raise InputError(
+                f"The face pack {str(pack_dir)!r} cannot be loaded, a file in it is damaged: fetch it again."
+            ) from error
+        for task in TASKS:
+            if task not in analysis.models:
+                raise InputError(_lacks(pack_dir, task))
+        analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=(sizes[0], sizes[0]))
+        self._models: dict[str, Any] = analysis.models
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "FaceAnalyser":
+        return cls(folder, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the pack's three ONNX files to `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for model in self._models.values():
+            target = folder / Path(model.model_file).name
+            if target.resolve() != Path(model.model_file).resolve():
+                shutil.copyfile(model.model_file, target)
+
+    def analyse(self, image: np.ndarray) -> Face:
+        """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.
+
+        Raises `InputError` where no face is found, or the largest is under 32 pixels."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        found = next((found for found in self._attempts(bgr) if len(found.boxes)), None)
+        if found is None:
+            raise InputError(
+                "No face was found in the picture: use one that shows a face from the front, well lit."
+            )
+        sides = found.boxes[:, 2:] - found.boxes[:, :2]
+        largest = int(sides.prod(axis=1).argmax())
+        if sides[largest].max() < SMALLEST:
+            raise InputError(
+                f"The largest face is only {sides[largest].max():.0f} pixels high, at least {SMALLEST} "
+                "are needed: use a larger or closer picture."
+            )
+        box = found.boxes[largest]
+        if found.keypoints is None:
+            box, keypoints = self._settle(bgr, box)
+        else:
+            keypoints = found.keypoints[largest]
+        face = InsightFace(bbox=box, kps=keypoints, det_score=found.scores[largest])
+        landmarks = self._models["landmark_3d_68"].get(bgr, face)
+        embedding = self._models["recognition"].get(bgr, face)
+        return Face(
+            box=box.astype(np.float32),
+            score=float(found.scores[largest]),
+            keypoints=keypoints.astype(np.float32),
+            landmarks=np.asarray(landmarks, np.float32),
+            embedding=np.asarray(embedding, np.float32),
+            crop=square_crop(image, box),
+            size=(image.shape[0], image.shape[1]),
+            count=len(found.boxes),
+            found_by=found.by,
+        )
+
+    def _attempts(self, bgr: np.ndarray) -> Iterator[_Found]:
+        """From the likeliest to the last resort; each is computed only if those before it found nothing."""
+        longer = max(bgr.shape[:2])
+        first = [size for size in self.sizes[:2] if size == self.sizes[0] or longer > size / 2]
+        yield self._detect(bgr, first, "detector")
+        yield self._detect(bgr, [size for size in self.sizes if size not in first], "resized")
+        border = longer // 2
+        grey = cv2.copyMakeBorder(bgr, *[border] * 4, cv2.BORDER_CONSTANT, value=(127, 127, 127))
+        padded = self._detect(grey, list(self.sizes), "padded")
+        yield _Found(padded.boxes - border, padded.scores, _minus(padded.keypoints, border), "padded")
+        boxes = haar(bgr)
+        yield _Found(boxes, np.zeros(len(boxes), np.float32), None, "haar")
+
+    def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> _Found:
+        """All faces seen at several input sizes, doubles removed.
+
+        InsightFace shrinks with plain bilinear sampling; shrinking by area first spares small faces the
+        aliasing."""
+        detector = self._models["detection"]
+        rows, points = [np.zeros((0, 5), np.float32)], [np.zeros((0, 5, 2), np.float32)]
+        for size in sizes:
+            ratio = min(1.0, size / max(bgr.shape[:2]))
+            shape = [max(1, round(side * ratio)) for side in bgr.shape[1::-1]]
+            small = bgr if ratio == 1 else cv2.resize(bgr, shape, interpolation=cv2.INTER_AREA)
+            found, spots = detector.detect(small, input_size=(size, size), det_thresh=self.threshold)
+            scale = np.array(bgr.shape[1::-1]) / shape
+            rows.append(found * np.r_[scale, scale, 1].astype(np.float32))
+            points.append(spots * scale.astype(np.float32))
+        row, spot = np.concatenate(rows), np.concatenate(points)
+        kept = detector.nms(row)
+        return _Found(row[kept, :4], row[kept, 4], spot[kept], by)
+
+    def _settle(self, bgr: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """From Haar's rough square to a box and key points of our kind: the landmark net is asked twice, the
+        second time with the box that its own first answer spans."""
+        for _ in range(2):
+            landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
+            flat = np.asarray(landmarks, np.float32)[:, :2]
+            low, high = flat.min(axis=0), flat.max(axis=0)
+            # A detector's box begins on the forehead, the landmarks with the brows.
+            box = np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]], np.float32)
+        return box, five_points(flat)
+
+
+class Recogniser:
+    """A recogniser that stands alone (C, which scores): ONNX, 112² → 512, loaded by InsightFace."""
+
+    def __init__(self, onnx_path: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
+        self.path = Path(onnx_path)
+        if not self.path.is_file():
+            raise InputError(f"There is no recogniser at {str(onnx_path)!r}: give the path of its ONNX file.")
+        self._model = get_model(str(self.path), providers=list(providers))
+        if self._model is None or self._model.taskname != "recognition":
+            raise InputError(
+                f"{str(onnx_path)!r} is no recogniser: its input must be 112 × 112, its output 512."
+            )
+
+    def embed(self, image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
+        """RGB uint8 (H, W, 3) and five points (5, 2) in its pixels → embedding (512,), not normalised."""
+        crop = align(image, keypoints)
+        return np.asarray(self._model.get_feat(crop[..., ::-1]), np.float32).reshape(-1)
+
+
+def align(image: np.ndarray, keypoints: np.ndarray, size: int = 112) -> np.ndarray:
+    """ArcFace's crop (size, size, 3): the picture turned and scaled so that the five points come to rest
+    where recognisers expect them; black where the picture ends."""
+    return norm_crop(image, landmark=np.asarray(keypoints, np.float32), image_size=size)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two embeddings: 1 the same direction, about 0 for strangers."""
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def five_points(landmarks: np.ndarray) -> np.ndarray:
+    """Eye centres, nose tip and mouth corners (5, 2) of iBUG-68 (68, 2+)."""
+    flat = landmarks[:, :2]
+    return np.stack([flat[36:42].mean(0), flat[42:48].mean(0), flat[30], flat[48], flat[54]])
+
+
+def square_crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(224, 224, 3) around the box's centre, 1.8 times its longer side; the picture's edge goes on
+    outside."""
+    side = CROP_SCALE * float(max(box[2] - box[0], box[3] - box[1]))
+    x0, y0 = ((box[:2] + box[2:]) / 2 - side / 2).round().astype(int)
+    side = max(2, round(side))
+    # Only the part of the picture that is seen is copied, whatever the picture's size.
+    height, width = image.shape[:2]
+    part = image[max(y0, 0) : max(min(y0 + side, height), 1), max(x0, 0) : max(min(x0 + side, width), 1)]
+    border = (max(-y0, 0), max(y0 + side - height, 0), max(-x0, 0), max(x0 + side - width, 0))
+    whole = cv2.copyMakeBorder(part, *border, cv2.BORDER_REPLICATE)
+    way = cv2.INTER_AREA if side > CROP_SIZE else cv2.INTER_CUBIC
+    return cv2.resize(whole, (CROP_SIZE, CROP_SIZE), interpolation=way)
+
+
+def haar(bgr: np.ndarray) -> np.ndarray:
+    """Boxes (N, 4) by OpenCV's Haar cascades (Viola and Jones, 2001): frontal faces, else profiles of both
+    sides.
+
+    Their squares reach from the brows to the mouth; they are moved down a little, to be about the face."""
+    ratio = min(1.0, 640 / max(bgr.shape[:2]))
+    grey = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
+    grey = cv2.equalizeHist(cv2.resize(grey, None, fx=ratio, fy=ratio, interpolation=cv2.INTER_AREA))
+    smallest = max(20, round(SMALLEST * ratio))
+    for name, mirrored in CASCADES:
+        cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"haarcascade_{name}.xml"))
+        seen = cascade.detectMultiScale(
+            np.ascontiguousarray(grey[:, ::-1]) if mirrored else grey, 1.1, 5, minSize=(smallest, smallest)
+        )
+        if len(seen):
+            squares = np.array(seen, np.float32)
+            if mirrored:
+                squares[:, 0] = grey.shape[1] - squares[:, 0] - squares[:, 2]
+            side = squares[:, 2:]
+            low = squares[:, :2] + side * [0.08, 0.05]
+            return (np.concatenate([low, low + side * [0.84, 1.0]], axis=1) / ratio).astype(np.float32)
+    return np.zeros((0, 4), np.float32)
+
+
+def _minus(points: np.ndarray | None, border: int) -> np.ndarray | None:
+    return None if points is None else points - border
+
+
+def _pack_folder(folder: Path) -> Path:
+    """The folder that has the ONNX files: antelopev2's archive nests one of the same name."""
+    for candidate in (folder, folder / folder.name):
+        if any(candidate.glob("*.onnx")):
+            return candidate
+    raise InputError(f"There is no face pack in {str(folder)!r}: give a folder with the pack's ONNX files.")
+
+
+def _lacks(folder: str | Path, task: str) -> str:
+    return f"The face pack {str(folder)!r} has no {TASKS[task]}: give a folder with all its ONNX files."

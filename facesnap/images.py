@@ -1,0 +1,150 @@
+"""Pictures in and out: opening whatever a visitor brings, and marking what the model made.
+
+Everything after this module sees RGB uint8 (H, W, 3), upright, of a bounded size. A picture's header is
+judged before its pixels are decoded, so that a small file cannot unfold into gigabytes.
+"""
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+from xml.sax.saxutils import escape
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+# What a stranger may hand us: the formats of cameras, phones and the web, and nothing that Pillow runs as a
+# program.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+
+TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+class InputError(ValueError):
+    """Something is wrong with what the user gave. The message is one sentence fit to be shown as it is: what
+    is wrong, with its value, and what to do; it names no path of the machine."""
+
+
+def open_image(
+    source: str | Path | bytes | Image.Image | np.ndarray,
+    *,
+    max_pixels: int = 25_000_000,
+    max_side: int = 2048,
+) -> np.ndarray:
+    """Open a picture as RGB uint8 (H, W, 3), upright, its longer side at most `max_side` pixels.
+
+    `source` is a file name, a file's bytes, a PIL picture, or an array: grey (H, W) or (H, W, 1), RGB (H, W,
+    3) or RGBA (H, W, 4), uint8, uint16 (full range) or floats in [0, 1]. The EXIF orientation is applied,
+    transparency is laid over white, CMYK, palettes and 16 bits are converted. Of an animation the first
+    picture is taken.
+
+    Raises `InputError` if it is no picture, is damaged, or has more than `max_pixels` pixels."""
+    if isinstance(source, np.ndarray):
+        picture = Image.fromarray(_eight_bits(source))
+        return _finish(picture, max_pixels, max_side)
+    if isinstance(source, Image.Image):
+        return _finish(source, max_pixels, max_side)
+    if isinstance(source, (str, Path)):
+        try:
+            source = Path(source).read_bytes()
+        except OSError as error:
+            name = Path(source).name
+            raise InputError(f"The picture {name!r} cannot be read: give an existing image file.") from error
+    if not isinstance(source, bytes):
+        raise InputError(
+            f"A picture cannot be a {type(source).__name__}: give a file, its bytes or an array."
+        )
+    if not source:
+        raise InputError("The picture's file is empty: upload it again.")
+    try:
+        # Pillow's own guard against bombs warns at 89 million pixels; ours stands below it and comes first.
+        with Image.open(io.BytesIO(source), formats=FORMATS) as picture:
+            return _finish(picture, max_pixels, max_side)
+    except InputError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise InputError(_too_many("far too many", max_pixels)) from error
+        raise InputError("This file is not a picture we can read: use JPEG, PNG or WebP.") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises on damaged data
+        raise InputError("The picture is damaged or cut short: save or upload it again.") from error
+
+
+def _too_many(size: str, max_pixels: int) -> str:
+    return (
+        f"The picture has {size} pixels; at most {max_pixels / 1e6:g} million are allowed: make it smaller."
+    )
+
+
+def _finish(picture: Image.Image, max_pixels: int, max_side: int) -> np.ndarray:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise InputError(_too_many(f"{width} × {height}", max_pixels))
+    if width < 1 or height < 1:
+        raise InputError(f"The picture is {width} × {height} pixels: there is nothing in it.")
+    if picture.format in ("JPEG", "MPO") and max(width, height) > 2 * max_side:
+        picture.draft("RGB", (max_side, max_side))  # decode at a half or less: never below max_side
+    upright = ImageOps.exif_transpose(picture)
+    rgb = _rgb(upright)
+    if max(rgb.size) > max_side:
+        rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.array(rgb, dtype=np.uint8)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey, or 32 bits that hold 16 or 8
+        values = np.asarray(picture).astype(np.float64)
+        top = 65535.0 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+        return Image.fromarray(np.clip(values * 255 / top + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        coloured = picture.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    """uint8 (H, W), (H, W, 3) or (H, W, 4) of the array forms `open_image` takes."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
+        raise InputError(
+            f"An array of shape {array.shape} is no picture: give (H, W), (H, W, 3) or (H, W, 4)."
+        )
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) * 255 // 65535).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(np.min(array)), float(np.max(array))
+        if not (low >= 0.0 and high <= 1.0):  # also true of NaN
+            raise InputError(
+                f"A float picture must lie in [0, 1], this one runs from {low:g} to {high:g}: rescale it."
+            )
+        return (array * 255 + 0.5).astype(np.uint8)
+    raise InputError(f"An array of {array.dtype} is no picture: give uint8, uint16 or floats in [0, 1].")
+
+
+def save_png(image: np.ndarray | Image.Image, target: str | Path | BinaryIO, *, info: dict[str, str]) -> None:
+    """Write a generated picture as PNG, marked as made by a model.
+
+    `info` (prompt, seed, model …) goes into text chunks, one a key; an XMP packet says the same as IPTC's
+    digital source type does: trainedAlgorithmicMedia, which is what sites and search engines look for."""
+    chunks = PngInfo()
+    for key, value in info.items():
+        chunks.add_itxt(key, str(value))
+    chunks.add_itxt("XML:com.adobe.xmp", _xmp(info.get("Software", "FaceSnap")))
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    picture.save(target, format="PNG", pnginfo=chunks)
+
+
+def _xmp(tool: str) -> str:
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+        'xmlns:xmp="http://ns.adobe.com/xap/1.0/">'
+        f"<Iptc4xmpExt:DigitalSourceType>{TRAINED_ALGORITHMIC_MEDIA}</Iptc4xmpExt:DigitalSourceType>"
+        f"<xmp:CreatorTool>{escape(tool)}</xmp:CreatorTool>"
+        '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    )

@@ -1,0 +1,388 @@
+"""Rendered people → what the face nets train on: scenes for the detector, crops for the other two.
+
+The nets must work on photographs too, while every training picture is a render. So nothing of a render's own
+look may be relied upon: pictures are cut out and put over other backgrounds, turned, scaled, partly hidden,
+lit anew, and degraded as cameras and the web degrade them (colour, grey, blur, noise, low resolution, JPEG).
+
+Pictures are RGB uint8 (H, W, 3); points are pixels, x right, y down; z is in the same unit, towards the
+camera, zero at the mean of the 68 points: the frame of InsightFace's 3D landmarks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from facesnap import landmarks as lm
+from facesnap.training.data import Rows, load_people
+
+Rng = np.random.Generator
+
+# Where ArcFace wants eyes, nose tip and mouth corners in its 112 × 112 crop (InsightFace, norm_crop).
+ARCFACE_POINTS = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
+    dtype=np.float32,
+)
+
+MIRROR_68 = np.array([np.flatnonzero(lm.TO_68 == lm.MIRROR[k])[0] for k in lm.TO_68])
+
+
+@dataclass(frozen=True)
+class FaceSet:
+    """Rendered faces, all in memory or memory-mapped, with what is known of each.
+
+    images (N, H, W, 3) uint8; masks (N, H, W) uint8, 0 is background; points (N, 68, 3) pixels; outlines (N,
+    82, 2), the 72 landmarks and the forehead, whose bounds are the face's box; keypoints (N, 5, 2); person
+    (N,) running from 0; parameters (N, P) and `is_identity` (P,), true where one never changes within a
+    person.
+    """
+
+    images: Rows | np.ndarray
+    masks: Rows | np.ndarray
+    points: np.ndarray
+    outlines: np.ndarray
+    keypoints: np.ndarray
+    person: np.ndarray
+    parameters: np.ndarray
+    is_identity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def people(self, first: int, last: int) -> np.ndarray:
+        """The indices of the pictures of people first … last − 1."""
+        return np.flatnonzero((self.person >= first) & (self.person < last))
+
+
+def face_set(images, masks, landmarks, landmarks3d, person, parameters) -> FaceSet:
+    """Derive boxes, key points and points with depth from the 72 exact landmarks in the picture (N, 72, 2)
+    and in the head's frame (N, 72, 3: x right, y up, z to the camera)."""
+    landmarks, landmarks3d = np.asarray(landmarks, np.float32), np.asarray(landmarks3d, np.float32)
+    person = np.unique(person, return_inverse=True)[1]
+    parameters = np.asarray(parameters, np.float32)
+    first = np.unique(person, return_index=True)[1]
+    spread = np.abs(parameters - parameters[first][person]).max(0)
+    points, outlines = [], []
+    for flat, head in zip(landmarks, landmarks3d, strict=True):
+        right, down, centre = _camera(head, flat)
+        scale = np.sqrt(np.linalg.norm(right) * np.linalg.norm(down))
+        depth = head @ (-np.cross(right, down) / scale)  # right × up = towards the camera
+        both = lm.to_68(np.concatenate([flat, depth[:, None]], axis=1))
+        points.append(both - [0, 0, both[:, 2].mean()])
+        # The forehead has no landmark: lift the brows by 0.45 of the way from brows to chin.
+        brows = head[17:27]
+        lift = 0.45 * (brows[:, 1].mean() - head[8, 1])
+        forehead = brows + np.array([0, lift, -0.3 * lift], np.float32)
+        outlines.append(np.concatenate([flat, forehead @ np.stack([right, down], 1) + centre]))
+    points = np.stack(points).astype(np.float32)
+    return FaceSet(
+        images=images, masks=masks, points=points, outlines=np.stack(outlines).astype(np.float32),
+        keypoints=five(points), person=person, parameters=parameters, is_identity=spread < 1e-6,
+    )  # fmt: skip
+
+
+def box_of(outline: np.ndarray) -> np.ndarray:
+    """The upright box xyxy around points (N, 2)."""
+    return np.concatenate([outline.min(0), outline.max(0)])
+
+
+def load(folder: Path) -> FaceSet:
+    """The rendered people whose shards lie in `folder` (facesnap.training.data)."""
+    people = load_people(folder)
+    return face_set(
+        people.images, people.masks, people.landmarks, people.landmarks3d, people.person, people.parameters
+    )
+
+
+def _camera(head: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scaled-orthographic camera that took `head` (N, 3) to `flat` (N, 2): its rows, and its origin."""
+    solution = np.linalg.lstsq(np.c_[head, np.ones(len(head))], flat, rcond=None)[0]
+    return solution[:3, 0], solution[:3, 1], solution[3]
+
+
+def five(points: np.ndarray) -> np.ndarray:
+    """Eye centres, nose tip, mouth corners (…, 5, 2) of 68 points (…, 68, 2+)."""
+    flat = points[..., :2]
+    eyes = [flat[..., 36:42, :].mean(-2), flat[..., 42:48, :].mean(-2)]
+    return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The 2 × 3 rotation, scaling and shift that brings points (N, 2) closest to others (Umeyama, 1991)."""
+    a, b = source - source.mean(0), target - target.mean(0)
+    u, s, vt = np.linalg.svd(b.T @ a)
+    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt))])
+    turn = (s * sign).sum() / (a**2).sum() * (u * sign) @ vt
+    return np.c_[turn, target.mean(0) - turn @ source.mean(0)]
+
+
+def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Points (N, 2) or (N, 3) after a 2 × 3 similarity; z grows with its scale."""
+    flat = points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+    if points.shape[1] == 2:
+        return flat.astype(np.float32)
+    depth = points[:, 2:] * np.sqrt(np.linalg.det(matrix[:, :2]))
+    return np.concatenate([flat, depth], axis=1).astype(np.float32)
+
+
+def warp(picture: np.ndarray, matrix: np.ndarray, size: int, **options) -> np.ndarray:
+    """`cv2.warpAffine` to a square, without aliasing where it shrinks."""
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if scale < 0.6:
+        factor = max(1.2 * scale, 4 / min(picture.shape[:2]))
+        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+        ratio = np.array([small.shape[1] / picture.shape[1], small.shape[0] / picture.shape[0]])
+        # Whole numbers are pixel centres: shrinking by r takes p to r·p + (r − 1)/2.
+        linear = matrix[:, :2] / ratio
+        matrix = np.c_[linear, matrix[:, 2] - linear @ ((ratio - 1) / 2)]
+        picture = small
+    return cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, **options)
+
+
+def around(centre, angle: float, scale: float, target) -> np.ndarray:
+    """The 2 × 3 matrix that turns by `angle` (radians), scales, and takes `centre` to `target`."""
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.c_[turn, np.asarray(target) - turn @ np.asarray(centre)]
+
+
+# ---------------------------------------------------------------------------------------------- appearance
+
+
+def photograph(image: np.ndarray, rng: Rng, strength: float = 1.0) -> np.ndarray:
+    """Another light and another camera: a random chain of changes, each left out part of the time.
+
+    `strength` scales the changes of colour; a recogniser needs true colours more than a detector does."""
+    height, width = image.shape[:2]
+    # Contrast, exposure, white balance, saturation and grey are one affine map of the colours.
+    matrix = np.eye(3)
+    if rng.random() < 0.5:
+        amount = np.clip(1 + rng.normal() * 0.35 * strength, 0, 2)
+        matrix = amount * matrix + (1 - amount) / 3
+    if rng.random() < 0.15 * strength:
+        matrix = np.tile([0.299, 0.587, 0.114], (3, 1)) @ matrix
+    gain = np.exp(rng.normal() * 0.18 * strength + rng.normal(size=3) * 0.08 * strength)
+    contrast = np.exp(rng.normal() * 0.2 * strength)
+    offset = gain * (1 - contrast) * cv2.mean(image)[0] + rng.normal() * 12 * strength
+    matrix = np.c_[(gain * contrast)[:, None] * matrix, offset]
+    x = cv2.transform(image.astype(np.float32), matrix)
+    if rng.random() < 0.5 * strength:  # light from a side: a smooth field, 0.4 … 1.7
+        field = np.clip(rng.normal(size=(3, 3)) * 0.28 * strength, -0.9, 0.5).astype(np.float32)
+        if rng.random() < 0.3:  # coloured light
+            field = field[..., None] + rng.normal(size=(3, 3, 3)).astype(np.float32) * 0.12 * strength
+        field = cv2.resize(np.exp(field), (width, height), interpolation=cv2.INTER_LINEAR)
+        x = cv2.multiply(x, field if field.ndim == 3 else cv2.merge([field] * 3))
+    if rng.random() < 0.15:  # sharpened, as phones do
+        amount = rng.uniform(0.3, 1.5)
+        x = cv2.addWeighted(x, 1 + amount, cv2.GaussianBlur(x, (0, 0), rng.uniform(0.8, 2.5)), -amount, 0)
+    if rng.random() < 0.2:
+        x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.4, 1.0) * width / 128)
+    if rng.random() < 0.2:
+        factor = rng.uniform(0.3, 0.8)
+        small = cv2.resize(x, None, fx=factor, fy=factor, interpolation=int(rng.integers(0, 4)))
+        x = cv2.resize(small, (width, height), interpolation=int(rng.integers(1, 3)))
+    if rng.random() < 0.35:
+        noise = rng.standard_normal((height, width, 1 if rng.random() < 0.5 else 3), dtype=np.float32)
+        x = x + noise * np.float32(rng.uniform(2, 14))
+    image = cv2.convertScaleAbs(cv2.max(x, 0.0))
+    if rng.random() < 0.3 * strength:
+        curve = 255 * (np.arange(256) / 255) ** np.exp(rng.normal() * 0.3)
+        image = cv2.LUT(image, curve.astype(np.uint8))
+    if rng.random() < 0.3:
+        code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(20, 95))])[1]
+        image = cv2.imdecode(code, cv2.IMREAD_COLOR)
+    return image
+
+
+def colour(rng: Rng) -> tuple[int, ...]:
+    """Any colour, or one of the browns between skin, wood and sand, which a detector must not fall for."""
+    if rng.random() < 0.5:
+        return tuple(int(v) for v in rng.integers(0, 256, 3))
+    return tuple(
+        int(v) for v in rng.uniform(0.2, 1) * np.array([235, rng.uniform(140, 210), rng.uniform(90, 180)])
+    )
+
+
+def shapes(image: np.ndarray, rng: Rng, count: int) -> None:
+    """Draw ellipses, boxes, triangles and lines onto a picture."""
+    size = image.shape[0]
+    for _ in range(count):
+        centre = tuple(int(v) for v in rng.uniform(0, size, 2))
+        kind = rng.integers(0, 4)
+        if kind == 0:
+            axes = tuple(int(v) for v in rng.uniform(2, size / 4, 2))
+            cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour(rng), -1, cv2.LINE_AA)
+        elif kind == 1:
+            other = tuple(int(v) for v in np.array(centre) + rng.uniform(-size / 3, size / 3, 2))
+            cv2.rectangle(image, centre, other, colour(rng), -1)
+        elif kind == 2:
+            corners = (np.array(centre) + rng.uniform(-size / 4, size / 4, (3, 2))).astype(np.int32)
+            cv2.fillPoly(image, [corners], colour(rng), cv2.LINE_AA)
+        else:
+            other = tuple(int(v) for v in rng.uniform(0, size, 2))
+            cv2.line(image, centre, other, colour(rng), int(rng.integers(1, max(2, size // 24))), cv2.LINE_AA)
+
+
+def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -> np.ndarray:
+    """A picture without a face: gradients, clouds, stripes, shapes, or shuffled pieces of `pictures`."""
+    kind = rng.random()
+    if kind < 0.2:
+        cells = rng.uniform(0, 255, (2, 2, 3)).astype(np.float32)
+        image = cv2.resize(cells, (size, size), interpolation=cv2.INTER_LINEAR)
+    elif kind < 0.55:  # clouds of several octaves, steep (soft) or flat (gravel, leaves, cloth)
+        image = np.zeros((size, size, 3), np.float32)
+        decay, channels = rng.uniform(0.35, 1.0), 1 if rng.random() < 0.5 else 3
+        for octave in range(1, 7):
+            noise = rng.standard_normal((2**octave + 1, 2**octave + 1, channels), dtype=np.float32)
+            stretched = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+            image += decay**octave * stretched.reshape(size, size, channels)
+        image = (image - image.mean()) / (image.std() + 1e-3)
+        image = np.array(colour(rng), np.float32) + image * np.abs(rng.normal(20, 35, 3)).astype(np.float32)
+    elif kind < 0.65:
+        grid = np.arange(size, dtype=np.float32)
+        angle, period = rng.uniform(0, np.pi), rng.uniform(4, size / 2)
+        wave = np.sin(2 * np.pi * (np.cos(angle) * grid[None] + np.sin(angle) * grid[:, None]) / period)
+        wave = wave[..., None] if rng.random() < 0.5 else np.sign(wave[..., None])
+        image = np.array(colour(rng), np.float32) + wave * rng.uniform(-80, 80, 3).astype(np.float32)
+    elif kind < 0.8 or pictures is None:
+        image = np.full((size, size, 3), colour(rng), np.float32)
+    else:  # parts of people, in the wrong places
+        picture = pictures[rng.integers(len(pictures))]
+        n = int(rng.integers(3, 7))
+        part = picture.shape[0] // n
+        tiles = [
+            picture[i * part : (i + 1) * part, j * part : (j + 1) * part] for i in range(n) for j in range(n)
+        ]
+        order = rng.permutation(n * n)
+        rows = [np.concatenate([tiles[k] for k in order[i * n : (i + 1) * n]], axis=1) for i in range(n)]
+        image = cv2.resize(np.concatenate(rows), (size, size), interpolation=cv2.INTER_AREA)
+    image = np.clip(image, 0, 255).astype(np.uint8)
+    if rng.random() < 0.5:
+        shapes(image, rng, int(rng.integers(1, 16)))
+    return image
+
+
+class Backgrounds:
+    """A pool of backgrounds, slowly renewed: making one costs more than training on it."""
+
+    def __init__(self, rng: Rng, size: int, pictures: Rows | np.ndarray, count: int = 200):
+        self.rng, self.size, self.pictures = rng, size, pictures
+        self.pool = [background(rng, size, pictures) for _ in range(count)]
+
+    def draw(self, size: int) -> np.ndarray:
+        rng = self.rng
+        if rng.random() < 0.1:
+            self.pool[rng.integers(len(self.pool))] = background(rng, self.size, self.pictures)
+        image = self.pool[rng.integers(len(self.pool))]
+        side = int(rng.integers(self.size // 2, self.size + 1))
+        x, y = rng.integers(0, self.size - side + 1, 2)
+        part = image[y : y + side, x : x + side][:, :: rng.choice((-1, 1)), rng.permutation(3)]
+        return cv2.resize(np.ascontiguousarray(part), (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def over(canvas: np.ndarray, picture: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`picture` over `canvas`, opacity `alpha` (H, W) from 0 to 255."""
+    x, y, width, height = cv2.boundingRect(alpha)
+    part = np.s_[y : y + height, x : x + width]
+    opacity = alpha[part].astype(np.float32) / 255
+    canvas = canvas.copy()
+    if width:
+        canvas[part] = cv2.blendLinear(picture[part], canvas[part], opacity, 1 - opacity)
+    return canvas
+
+
+def hide(image: np.ndarray, box: np.ndarray, rng: Rng) -> None:
+    """Put something (a bar, a disc, a hand-sized blob) over a small part of the box, in place."""
+    side = float(max(box[2] - box[0], box[3] - box[1]))
+    centre = tuple(int(v) for v in rng.uniform(box[:2], box[2:]))
+    axes = tuple(int(v) for v in side * rng.uniform(0.05, 0.22, 2) + 1)
+    if rng.random() < 0.3:
+        away = tuple(int(v) for v in np.array(centre) + side * rng.normal(size=2))
+        cv2.line(image, centre, away, colour(rng), max(1, int(side * rng.uniform(0.02, 0.1))), cv2.LINE_AA)
+    else:
+        cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour(rng), -1, cv2.LINE_AA)
+
+
+# --------------------------------------------------------------------------------------------------- views
+
+
+def scene(
+    faces: FaceSet, indices: np.ndarray, backgrounds: Backgrounds, rng: Rng, size: int, *, most: int = 6
+):
+    """A picture with 0 … `most` faces of 9 % to 95 % of its side.
+
+    Returns the image (size, size, 3), boxes (n, 4) and key points (n, 5, 2)."""
+    canvas = backgrounds.draw(size)
+    count = int(rng.choice([0, 1, 2, 3, 5, 6], p=[0.08, 0.62, 0.12, 0.08, 0.06, 0.04]))
+    boxes: list[np.ndarray] = []
+    points: list[np.ndarray] = []
+    for index in rng.choice(indices, min(count, most)):
+        box, mask = box_of(faces.outlines[index]), faces.masks[index]
+        largest = 0.95 if count == 1 else 0.45
+        side = size * np.exp(rng.uniform(np.log(0.12 if count == 1 else 0.09), np.log(largest)))
+        scale = side / max(box[2] - box[0], box[3] - box[1])
+        angle = rng.normal() * (0.2 if rng.random() < 0.85 else 0.6)
+        room = min(0.47 * side, size / 2)
+        target = rng.uniform(room, size - room, 2)
+        matrix = around((box[:2] + box[2:]) / 2, angle, scale, target)
+        corners = box_of(moved(faces.outlines[index], matrix))
+        if rng.random() < 0.75:
+            alpha = warp((mask > 0).astype(np.uint8) * 255, matrix, size)
+        else:  # with its own background, as a framed picture
+            alpha = warp(np.full_like(mask, 255), matrix, size)
+        if any(_covered(alpha, other) > 0.12 for other in boxes):
+            continue
+        picture = warp(faces.images[index], matrix, size, borderMode=cv2.BORDER_REPLICATE)
+        if rng.random() < 0.3:  # a light of its own, unlike the scene's
+            picture = photograph(picture, rng, 0.7)
+        canvas = over(canvas, picture, alpha)
+        if rng.random() < 0.2:
+            hide(canvas, corners, rng)
+        boxes.append(corners.astype(np.float32))
+        points.append(moved(faces.keypoints[index], matrix))
+    image = photograph(canvas, rng)
+    empty = not boxes
+    return (
+        image,
+        np.zeros((0, 4), np.float32) if empty else np.stack(boxes),
+        np.zeros((0, 5, 2), np.float32) if empty else np.stack(points),
+    )
+
+
+def _covered(alpha: np.ndarray, box: np.ndarray) -> float:
+    x0, y0, x1, y1 = np.clip(box, 0, alpha.shape[0]).astype(int)
+    part = alpha[y0:y1, x0:x1]
+    return 1.0 if part.size == 0 else float((part > 127).mean())
+
+
+def landmark_view(faces: FaceSet, index: int, backgrounds: Backgrounds, rng: Rng, *, size: int = 192):
+    """A crop of 1.5 × a box that is a little wrong, and the 68 points in it (68, 3) pixels of the crop."""
+    points = faces.points[index]
+    box = box_of(faces.outlines[index])
+    side = float(max(box[2] - box[0], box[3] - box[1]))
+    centre = (box[:2] + box[2:]) / 2 + rng.normal(size=2) * 0.05 * side
+    angle = rng.normal() * (0.2 if rng.random() < 0.85 else 0.6)
+    scale = size / (1.5 * side * np.exp(rng.uniform(-0.2, 0.25)))
+    matrix = around(centre, angle, scale, (size / 2, size / 2))
+    picture = warp(faces.images[index], matrix, size)
+    if rng.random() < 0.6:
+        alpha = warp((faces.masks[index] > 0).astype(np.uint8) * 255, matrix, size)
+        picture = over(backgrounds.draw(size), picture, alpha)
+    points = moved(points, matrix)
+    if rng.random() < 0.2:
+        hide(picture, box_of(points[:, :2]), rng)
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+        points = points[MIRROR_68] * [-1, 1, 1] + [size - 1, 0, 0]
+    return photograph(np.ascontiguousarray(picture), rng), points.astype(np.float32)
+
+
+def aligned_view(faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.035) -> np.ndarray:
+    """InsightFace's 112 × 112 crop, from key points as wrong as a detector's (`jitter` of the eye
+    distance)."""
+    points = faces.keypoints[index]
+    distance = np.linalg.norm(points[0] - points[1]) + 1e-6
+    shared, each = rng.normal(size=(1, 2)) * 0.5, rng.normal(size=(5, 2))
+    points = points + max(distance, 0.3 * np.ptp(points[:, 1])) * jitter * (shared + each)
+    crop = warp(faces.images[index], similarity(points, ARCFACE_POINTS), 112)
+    return crop if jitter == 0 else photograph(crop, rng, 0.35)

@@ -34,7 +34,7 @@ VARIANTS: tuple[Variant, ...] = ("full", "id", "clip", "concat")
 
 @dataclass
 class MixerOutput(BaseOutput):
-    """`tokens` (B, m, token_dim) for FFRNet's cross-attention, `pooled` (B, pooled_dim) for its time embedding."""
+    """`tokens` (B, m, token_dim) for FFRNet's cross-attention; `pooled` (B, pooled_dim) for its timestep."""
 
     tokens: Tensor
     pooled: Tensor

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import POOLED_DIM, TOKEN_DIM, tiny_ffrnet, tiny_unet
+from tiny import POOLED_DIM, TOKEN_DIM, tiny_ffrnet, tiny_unet
 
 from facesnap.ffrnet import FFRNet, attach
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLIP_DIM, POOLED_DIM, TOKEN_DIM, tiny_mixer
+from tiny import CLIP_DIM, POOLED_DIM, TOKEN_DIM, tiny_mixer
 
 from facesnap.mixer import VARIANTS, FacialAttributeMixer
 

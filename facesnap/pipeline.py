@@ -1,0 +1,720 @@
+"""FaceSnapPipeline: reference photos, a head pose and a prompt become portraits. Where everything meets.
+
+It is diffusers' `StableDiffusionXLPipeline` with five components more and no line of its `__call__` copied:
+photos become face tokens and a drawing of 72 landmarks, then the stock call runs while FFRNet is attached to
+the UNet. LoRA, IP-Adapter, callbacks, offloading and every argument of the stock call therefore work as ever.
+
+A checkpoint is a stock SDXL folder (`model_index.json` names the base model's parts only, so that
+`StableDiffusionXLPipeline` loads it too) with our parts beside them:
+
+    facesnap.json   the checkpoint's defaults (`Settings`)
+    mixer/ ffrnet/ face_encoder/ head/   config.json + safetensors
+    face_pack/      detector, landmark net and recogniser as ONNX files in InsightFace's layout
+    scorer/         the recogniser that only scores; may be absent
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
+from . import landmarks as landmarks72
+from . import templates
+from .faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
+from .ffrnet import FFRNet, Variant, attach
+from .heads import Head, LinearHeadModel
+from .images import InputError, open_image
+from .mixer import FacialAttributeMixer, MixerOutput
+from .predictor import LandmarkPredictor
+
+SETTINGS_NAME = "facesnap.json"
+SCORER_NAME = "recogniser.onnx"
+BASE_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+OUR_PARTS = ("mixer", "ffrnet", "face_encoder", "face_analyser", "head_model", "scorer")
+FOLDERS = {"face_analyser": "face_pack", "head_model": "head"}  # the others lie in folders of their own name
+MAX_REFERENCES = 4
+MAX_SIDE = 4096
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+
+# OpenAI's CLIP and all its kin, our own face encoder included, are trained on pictures normalised like this
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Source = str | Path | bytes | Image.Image | np.ndarray | Face
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint wants when the caller does not say: facesnap.json.
+
+    size: side of its portraits in pixels. steps, guidance: of its sampler. variant: the row of Table 3 it was
+    trained as. same_person: cosine of two embeddings below which they are taken for different people.
+    about: whatever its maker notes (data version, licence), kept and not read.
+    """
+
+    name: str = "FaceSnap"
+    size: int = 1024
+    steps: int = 8
+    guidance: float = 2.0
+    variant: Variant = "predicted"
+    same_person: float = 0.25
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PreviewResult:
+    """What a portrait will follow, known before it is made.
+
+    landmarks (72, 2) float32, pixels of the output frame; drawing (h, w, 3) uint8, what FFRNet sees of them;
+    reference_faces: the face used in each reference; driver_face: that of the pose photo, if there was one;
+    notes: sentences for the user.
+    """
+
+    landmarks: np.ndarray
+    drawing: np.ndarray
+    reference_faces: tuple[Face, ...]
+    driver_face: Face | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FaceSnapOutput:
+    """Portraits, and all that is needed to make them again.
+
+    images: what the stock pipeline returns as its `images`. seed: of the first picture, seeds: of each one; a
+    picture made alone with its seed is the same picture (None where the caller brought a generator).
+    landmarks (72, 2) in pixels of the output and its drawing; face: that of the first reference.
+    identity_scores: cosine of each picture to the references by the scoring recogniser, None where no face
+    was found in the picture; empty without a scorer or for pictures that are not PIL images.
+    """
+
+    images: Any
+    seed: int | None
+    seeds: tuple[int, ...]
+    landmarks: np.ndarray
+    drawing: np.ndarray
+    face: Face
+    reference_faces: tuple[Face, ...]
+    driver_face: Face | None
+    identity_scores: tuple[float | None, ...]
+    notes: tuple[str, ...]
+    model: str
+    scheduler: str
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+
+
+class FaceSnapPipeline(StableDiffusionXLPipeline):
+    """SDXL's pipeline plus mixer, FFRNet, face encoder, face pack, head model and a recogniser that scores.
+
+    The face encoder is a CLIP vision model; it is not called `image_encoder` because that name belongs to
+    IP-Adapter's own.
+    """
+
+    _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS]
+    # FFRNet is in no chain: like a ControlNet it runs at every step beside the UNet
+    model_cpu_offload_seq = "face_encoder->mixer->text_encoder->text_encoder_2->image_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        text_encoder_2,
+        tokenizer,
+        tokenizer_2,
+        unet,
+        scheduler,
+        mixer: FacialAttributeMixer | None = None,
+        ffrnet: FFRNet | None = None,
+        face_encoder: CLIPVisionModel | None = None,
+        face_analyser: FaceAnalyser | None = None,
+        head_model: LinearHeadModel | None = None,
+        scorer: Recogniser | None = None,
+        image_encoder=None,
+        feature_extractor=None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool = False,
+        settings: Settings | None = None,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=add_watermarker,
+        )
+        self.register_modules(
+            mixer=mixer,
+            ffrnet=ffrnet,
+            face_encoder=face_encoder,
+            face_analyser=face_analyser,
+            head_model=head_model,
+            scorer=scorer,
+        )
+        self.settings = settings or Settings()
+
+    # ------------------------------------------------------------------ folders
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        **kwargs: Any,
+    ) -> FaceSnapPipeline:
+        """A pipeline from a folder, or from the Hub (its snapshot is taken first, then read as a folder).
+
+        Args:
+            model: a folder written by `save_pretrained`, or a Hub id "owner/name".
+            torch_dtype: of all torch modules; by default float32.
+            providers: ONNX Runtime's, for the face pack and the scorer.
+            kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`.
+
+        Raises:
+            InputError: the folder is missing, incomplete or damaged; the message names the part.
+        """
+        folder = _local_folder(model)
+        settings = _read_settings(model, folder)
+        ours = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
+        ours |= _load_our_parts(model, folder, torch_dtype, providers, skip=ours)
+        for name in BASE_PARTS:
+            if name not in kwargs and not (folder / name).is_dir():
+                raise _incomplete(model, name)
+        with _reading(model, "base model"):
+            base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
+        return cls._around(base, ours, settings)
+
+    @classmethod
+    def from_pipe(  # type: ignore[override]
+        cls,
+        pipeline: Any,
+        model: str | Path | None = None,
+        *,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        **components: Any,
+    ) -> FaceSnapPipeline:
+        """A FaceSnapPipeline that shares the modules of any SDXL pipeline, and changes nothing about them.
+
+        Unlike the stock method it leaves the source's dtypes and devices alone.
+
+        Args:
+            pipeline: an SDXL pipeline; if it is a FaceSnapPipeline, its parts of ours are shared too.
+            model: a checkpoint (folder or Hub id) to take our parts and the settings from; they are
+                brought to the dtype and device of the pipeline's UNet.
+            providers: ONNX Runtime's, for the face pack and the scorer of `model`.
+            components: single parts to use instead.
+        """
+        settings = getattr(pipeline, "settings", None)
+        ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
+        given = {name: components.pop(name) for name in OUR_PARTS if name in components}
+        if model is not None:
+            folder = _local_folder(model)
+            settings = _read_settings(model, folder)
+            loaded = _load_our_parts(model, folder, pipeline.unet.dtype, providers, skip=given)
+            for module in loaded.values():
+                if isinstance(module, nn.Module):
+                    module.to(pipeline.unet.device)
+            ours |= loaded
+        return cls._around(pipeline, ours | given, settings, **components)
+
+    @classmethod
+    def _around(
+        cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any
+    ) -> FaceSnapPipeline:
+        optional = ("image_encoder", "feature_extractor")
+        parts = {name: getattr(base, name, None) for name in (*BASE_PARTS, *optional)} | overrides
+        return cls(
+            **parts,
+            **ours,
+            settings=settings,
+            force_zeros_for_empty_prompt=base.config.force_zeros_for_empty_prompt,
+            add_watermarker=getattr(base, "watermark", None) is not None,
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write the checkpoint folder described at the top of this file.
+
+        Args:
+            dtype: of the saved weights, by default as they are. The text encoders stay float32 whatever it
+                is: loaded without a dtype, transformers keeps a file's own while diffusers takes float32, and
+                half-precision encoders would meet a float32 UNet.
+            max_shard_size: no weights file gets larger than this, save for a single larger tensor.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def saved(name: str) -> Any:
+            part = getattr(self, name)
+            if dtype is None or not isinstance(part, nn.Module):
+                return part
+            wanted = torch.float32 if name.startswith("text_encoder") else dtype
+            return part if part.dtype == wanted else copy.deepcopy(part).to(wanted)
+
+        stock = StableDiffusionXLPipeline(
+            **{name: saved(name) for name in BASE_PARTS},
+            force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        for name in OUR_PARTS:
+            part, place = saved(name), folder / FOLDERS.get(name, name)
+            if isinstance(part, nn.Module):
+                part.save_pretrained(place, max_shard_size=max_shard_size)
+            elif name == "scorer" and part is not None:
+                place.mkdir(exist_ok=True)
+                shutil.copyfile(part.path, place / SCORER_NAME)
+            elif part is not None:
+                part.save_pretrained(place)
+        settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
+        (folder / SETTINGS_NAME).write_text(settings + "\n", encoding="utf-8")
+
+    # ------------------------------------------------------------------ from photos to conditions
+
+    @property
+    def predictor(self) -> LandmarkPredictor:
+        return LandmarkPredictor(self.head_model)
+
+    def analyse(self, source: Source, role: str = "The photo") -> Face:
+        """The face of a photo; a `Face` is passed on as it is. `role` opens the sentence of an error."""
+        if isinstance(source, Face):
+            return source
+        try:
+            return self.face_analyser.analyse(open_image(source))
+        except InputError as error:
+            raise InputError(f"{role}: {error}") from error
+
+    @torch.no_grad()
+    def encode_faces(self, faces: Sequence[Face]) -> tuple[Tensor, Tensor]:
+        """Faces of one person → the mixer's inputs: identity (1, R, 512) and CLIP features (1, R, P, C).
+
+        The embeddings are raw; the features are the face encoder's penultimate hidden states. Both are
+        float32 on the pipeline's device. Training reads faces through here as well.
+        """
+        device = self._execution_device
+        embeddings = torch.from_numpy(np.stack([face.embedding for face in faces])).float()
+        pixels = face_pixels(np.stack([face.crop for face in faces]), self.face_encoder.config.image_size)
+        pixels = pixels.to(device, self.face_encoder.dtype)
+        features = self.face_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+        return embeddings[None].to(device), features[None].float()
+
+    @torch.no_grad()
+    def mix(self, faces: Sequence[Face]) -> MixerOutput:
+        """Faces of one person → tokens (1, m, token_dim) and pooled (1, pooled_dim)."""
+        embeddings, features = self.encode_faces(faces)
+        return self.mixer(embeddings.to(self.mixer.dtype), features.to(self.mixer.dtype))
+
+    def preview(
+        self,
+        reference: Source | Sequence[Source],
+        pose: Source | Head | None = None,
+        size: tuple[int, int] | None = None,
+        *,
+        expression_strength: float = 1.0,
+        variant: Variant | None = None,
+    ) -> PreviewResult:
+        """Where the landmarks of the portrait will be, without making it.
+
+        Args:
+            reference: 1 to 4 photos of one person: paths, bytes, PIL images, arrays or analysed `Face`s.
+            pose: how the head is held: None (as in the first reference), a photo of anybody, the name of a
+                template, a `Head`, or landmarks (72, 2) in pixels of the output frame.
+            size: (height, width) of the portrait; the checkpoint's by default.
+            expression_strength: 0–2, weight of the pose's expression; at 0 the face is neutral.
+            variant: "driver" keeps the head shape of the pose photo, as in Table 3.
+        """
+        size = self._size(*(size or (None, None)))
+        _check_number("expression strength", expression_strength, 0, 2)
+        variant = variant or self.settings.variant
+        faces, notes = self._references(reference)
+        driver_face: Face | None = None
+
+        if _are_landmarks(pose):
+            points = np.asarray(pose, dtype=np.float32)
+            if not np.isfinite(points).all():
+                raise InputError(
+                    "The pose landmarks hold values that are not numbers; give 72 points in pixels."
+                )
+        else:
+            heads = self.predictor.reconstruct(list(faces))
+            if pose is None:
+                driver = heads[0]
+            elif isinstance(pose, Head):
+                driver = pose
+            elif isinstance(pose, str) and not Path(pose).is_file():
+                driver = templates.get(pose).head(self.head_model, size)
+            else:
+                driver_face = self.analyse(pose, "The pose photo")
+                notes += _face_notes(driver_face, "The pose photo")
+                driver = self.predictor.reconstruct(driver_face)[0]
+            shape = driver if variant == "driver" else heads[0]
+            points = self.predictor.predict(shape, driver, size, strength=expression_strength)
+
+        return PreviewResult(points, landmarks72.draw(points, size), faces, driver_face, tuple(notes))
+
+    def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:
+        """The face of every reference, and what the user should know about them."""
+        sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+        if not sources or any(source is None for source in sources):
+            raise InputError("There is no reference photo; give one to four photos of one person.")
+        if len(sources) > MAX_REFERENCES:
+            raise InputError(
+                f"{len(sources)} reference photos were given; choose at most {MAX_REFERENCES} of one person."
+            )
+        roles = ["The reference photo"]
+        if len(sources) > 1:
+            roles = [f"Reference photo {k}" for k in range(1, len(sources) + 1)]
+        faces = tuple(self.analyse(source, role) for source, role in zip(sources, roles, strict=True))
+        notes = [note for face, role in zip(faces, roles, strict=True) for note in _face_notes(face, role)]
+        for k, face in enumerate(faces):
+            for other in range(k):
+                similarity = cosine(faces[other].embedding, face.embedding)
+                if similarity < self.settings.same_person:
+                    notes.append(
+                        f"Reference photos {other + 1} and {k + 1} may show different people "
+                        f"(similarity {similarity:.2f}); the portrait will be a mixture."
+                    )
+        return faces, notes
+
+    # ------------------------------------------------------------------ the call
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        reference: Source | Sequence[Source],
+        pose: Source | Head | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        expression_strength: float = 1.0,
+        identity_scale: float = 1.0,
+        landmark_scale: float = 1.0,
+        ffrnet_scale: float = 1.0,
+        variant: Variant | None = None,
+        seed: int | None = None,
+        score: bool = True,
+        preview: PreviewResult | None = None,
+        **kwargs: Any,
+    ) -> FaceSnapOutput:
+        """Portraits of the person in `reference`.
+
+        Args:
+            prompt: what else the picture shows, or a list of prompts; all get the same face and pose.
+            reference, pose, expression_strength: as in `preview`.
+            height, width: pixels, multiples of the VAE's factor; the checkpoint's by default.
+            num_inference_steps, guidance_scale: the checkpoint's by default.
+            identity_scale: 0–2, weight of the face tokens inside FFRNet.
+            landmark_scale: 0–2, weight of the landmark drawing inside FFRNet.
+            ffrnet_scale: 0–2, weight of all that FFRNet adds.
+            variant: a row of Table 3; the checkpoint's own by default.
+            seed: of the first picture, those after it count up; drawn by chance if None. A `generator` among
+                the stock arguments takes its place.
+            score: whether to measure identity_scores.
+            preview: the result of `preview` for the same arguments, so that the photos are not read again.
+            kwargs: any other argument of `StableDiffusionXLPipeline.__call__`.
+
+        Raises:
+            InputError: an argument is out of bounds, a photo cannot be used; in words for the user.
+        """
+        height, width = self._size(height, width)
+        steps = self.settings.steps if num_inference_steps is None else num_inference_steps
+        guidance = self.settings.guidance if guidance_scale is None else guidance_scale
+        _check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
+        _check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
+        for name, value in (
+            ("identity", identity_scale),
+            ("landmark", landmark_scale),
+            ("FFRNet", ffrnet_scale),
+        ):
+            _check_number(f"{name} scale", value, 0, 2)
+        prompts = _prompts(prompt, kwargs)
+        count = kwargs.get("num_images_per_prompt", 1)
+        _check_number("number of pictures for a prompt", count, 1, 64, whole=True)
+
+        variant = variant or self.settings.variant
+        if preview is None:
+            preview = self.preview(
+                reference, pose, (height, width), expression_strength=expression_strength, variant=variant
+            )
+        notes = [*preview.notes, *self._cut_words(prompts)]
+        mixed = self.mix(preview.reference_faces)
+
+        seeds: tuple[int, ...] = ()
+        if kwargs.get("generator") is None:
+            seed = secrets.randbelow(2**31) if seed is None else seed
+            _check_number("seed", seed, 0, 2**53, whole=True)
+            rows = len(prompts) if prompts else len(kwargs["prompt_embeds"])
+            seeds = tuple(range(seed, seed + rows * count))
+            # a generator a picture, on the CPU: the same picture alone or in a batch, on any device
+            kwargs["generator"] = [torch.Generator().manual_seed(s) for s in seeds]
+
+        # The stock call writes its progress into the pipeline and the scheduler. Both are copied, so that the
+        # shared pipeline never changes and a callback can set what it likes; the modules are not.
+        request = copy.copy(self)
+        request.scheduler = copy.deepcopy(self.scheduler)
+        kwargs.pop("return_dict", None)
+        hook = attach(
+            request.unet,
+            self.ffrnet,
+            tokens=mixed.tokens,
+            pooled=mixed.pooled,
+            control=_control(preview.drawing),
+            scale=ffrnet_scale,
+            identity_scale=identity_scale,
+            landmark_scale=landmark_scale,
+            variant=variant,
+            guidance=lambda: request.do_classifier_free_guidance,
+        )
+        try:
+            with hook:
+                images = StableDiffusionXLPipeline.__call__(
+                    request,
+                    prompt,
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    **kwargs,
+                ).images
+        except BaseException:
+            request.maybe_free_model_hooks()  # the stock call does so only when it succeeds
+            raise
+
+        scores: tuple[float | None, ...] = ()
+        if score and self.scorer is not None and isinstance(images[0], Image.Image):
+            scores = tuple(self.identity_score(image, preview.reference_faces) for image in images)
+        return FaceSnapOutput(
+            images=images,
+            seed=seeds[0] if seeds else None,
+            seeds=seeds,
+            landmarks=preview.landmarks,
+            drawing=preview.drawing,
+            face=preview.reference_faces[0],
+            reference_faces=preview.reference_faces,
+            driver_face=preview.driver_face,
+            identity_scores=scores,
+            notes=tuple(notes),
+            model=self.settings.name,
+            scheduler=type(self.scheduler).__name__,
+            size=(height, width),
+            steps=steps,
+            guidance=guidance,
+        )
+
+    def identity_score(self, image: Source, references: Sequence[Face]) -> float | None:
+        """Cosine of the face in `image` to the references', by the recogniser that only scores.
+
+        Several references count as the mean of their directions. None: no face was found in `image`.
+        """
+        try:
+            face = self.face_analyser.analyse(open_image(image))
+        except InputError:
+            return None
+        own, *others = (self._score_embedding(f) for f in (face, *references))
+        return cosine(own, np.mean([other / np.linalg.norm(other) for other in others], axis=0))
+
+    def _score_embedding(self, face: Face) -> np.ndarray:
+        # the crop is enough for 112 pixels of face, and a `Face` need not come with its picture
+        left, top, right, bottom = face.box
+        side = CROP_SCALE * max(right - left, bottom - top)
+        corner = np.array([(left + right - side) / 2, (top + bottom - side) / 2])
+        return self.scorer.embed(face.crop, (face.keypoints - corner) * len(face.crop) / side)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width), defaults filled in; InputError unless the VAE can make it."""
+        factor = self.vae_scale_factor
+        sides = {"height": height, "width": width}
+        for name, side in sides.items():
+            side = sides[name] = self.settings.size if side is None else side
+            _check_number(name, side, factor, MAX_SIDE, whole=True)
+            if side % factor:
+                below = side // factor * factor
+                nearest = f"{below} and {below + factor}"
+                raise InputError(
+                    f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}."
+                )
+        return int(sides["height"]), int(sides["width"])  # type: ignore[arg-type]
+
+    def _cut_words(self, prompts: Sequence[str]) -> list[str]:
+        """A note for every prompt longer than the text encoders read."""
+        notes = []
+        for prompt in prompts:
+            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+            limit = self.tokenizer.model_max_length
+            if len(ids) > limit:
+                cut = self.tokenizer.decode(ids[limit - 1 : -1]).strip()
+                shown = cut if len(cut) <= 80 else cut[:80].rstrip() + "…"
+                notes.append(f"The prompt is too long; the model did not read the words from “{shown}” on.")
+        return notes
+
+
+# ---------------------------------------------------------------------- pictures and arguments
+
+
+def face_pixels(crops: np.ndarray, size: int) -> Tensor:
+    """Face crops (N, H, W, 3) uint8 → the face encoder's input (N, 3, size, size), normalised as CLIP's."""
+    pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+    if pixels.shape[-1] != size:
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def _control(drawing: np.ndarray) -> Tensor:
+    """A drawing (h, w, 3) uint8 → FFRNet's control picture (1, 3, h, w) in [0, 1]."""
+    return torch.from_numpy(drawing).permute(2, 0, 1)[None].float() / 255
+
+
+def _are_landmarks(pose: Any) -> bool:
+    return isinstance(pose, np.ndarray) and pose.shape == (landmarks72.NUM, 2)
+
+
+def _face_notes(face: Face, role: str) -> list[str]:
+    notes = []
+    if face.count > 1:
+        notes.append(f"{role} shows {face.count} faces; the largest was used.")
+    if face.found_by == "haar":
+        notes.append(f"{role}: the face was hard to find, so the likeness and the pose may suffer.")
+    return notes
+
+
+def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
+    """The prompts as a list; empty where ready embeddings take their place."""
+    if prompt is None:
+        if kwargs.get("prompt_embeds") is None:
+            raise InputError("There is no prompt; say in words what the picture shows.")
+        return []
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError("The prompt must be text, or a list of texts.")
+    return prompts
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise InputError(
+            f"The {name} is {value!r}; choose a {'whole ' if whole else ''}number from {low} to {high}."
+        )
+
+
+# ---------------------------------------------------------------------- reading a checkpoint
+
+
+def _local_folder(model: str | Path) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    problem = f"There is no folder '{model}'"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        try:
+            return Path(snapshot_download(str(model)))
+        except (OSError, ValueError) as error:  # Hub errors and those of the network are OSErrors
+            problem += f", and the Hub gave none of that name ({type(error).__name__})"
+            raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.") from error
+    raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.")
+
+
+def _incomplete(model: str | Path, part: str) -> InputError:
+    return InputError(f"The checkpoint '{model}' has no {part}; fetch or build it again.")
+
+
+@contextmanager
+def _reading(model: str | Path, part: str) -> Iterator[None]:
+    """Whatever a reader raises on a damaged file becomes one sentence that names the part."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The {part} of the checkpoint '{model}' cannot be read ({type(error).__name__}); "
+            "fetch or build it again."
+        ) from error
+
+
+def _read_settings(model: str | Path, folder: Path) -> Settings:
+    path = folder / SETTINGS_NAME
+    if not path.is_file():
+        if (folder / "model_index.json").is_file():
+            raise InputError(
+                f"'{model}' is a plain SDXL checkpoint without FaceSnap's parts; load it with diffusers "
+                "and give it to FaceSnapPipeline.from_pipe with a FaceSnap checkpoint."
+            )
+        raise _incomplete(model, SETTINGS_NAME)
+    with _reading(model, SETTINGS_NAME):
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _load_our_parts(
+    model: str | Path,
+    folder: Path,
+    dtype: torch.dtype | None,
+    providers: tuple[str, ...],
+    skip: dict[str, Any],
+) -> dict[str, Any]:
+    def weights(kind: Any) -> Callable[[Path], Any]:
+        def load(place: Path) -> Any:
+            module, report = kind.from_pretrained(
+                place, torch_dtype=dtype or torch.float32, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                # diffusers would fill the gaps with random numbers and say so in the log only
+                raise ValueError(f"{len(report['missing_keys'])} tensors are missing")
+            return module.eval()
+
+        return load
+
+    loaders: dict[str, Callable[[Path], Any]] = {
+        "mixer": weights(FacialAttributeMixer),
+        "ffrnet": weights(FFRNet),
+        "face_encoder": weights(CLIPVisionModel),
+        "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
+        "head_model": LinearHeadModel.from_pretrained,
+        "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),
+    }
+    parts: dict[str, Any] = {}
+    for name, load in loaders.items():
+        place = folder / FOLDERS.get(name, name)
+        if name in skip or (name == "scorer" and not place.is_dir()):
+            parts[name] = skip.get(name)
+            continue
+        if not place.is_dir():
+            raise _incomplete(model, place.name)
+        with _reading(model, place.name):
+            parts[name] = load(place)
+    return parts

@@ -1,0 +1,499 @@
+"""The pipeline on tiny random weights: what a portrait depends on, what calls leave, what a folder holds."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline, tiny_unet
+
+from facesnap.ffrnet import attach
+from facesnap.images import InputError
+from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline
+
+ALICE, BOB = photo(1), photo(2)
+
+
+def portrait(pipe, prompt="a photo", reference=ALICE, seed=0, **kwargs):
+    return pipe(prompt, reference=reference, seed=seed, **kwargs)
+
+
+def pixels(output, k=0):
+    return np.asarray(output.images[k])
+
+
+def same(a, b):
+    """Equal but for rounding: tensors that lie elsewhere in memory may be summed in another order."""
+    return np.abs(pixels(a).astype(int) - pixels(b)).max() <= 1
+
+
+# ---------------------------------------------------------------------- what a portrait depends on
+
+
+def test_portrait_says_how_it_was_made(pipe):
+    out = portrait(pipe, pose=photo(2, 3), seed=7)
+    assert out.images[0].size == (SIZE, SIZE)
+    assert (out.seed, out.seeds, out.steps, out.guidance, out.model) == (7, (7,), 2, 2.0, "tiny")
+    assert out.scheduler == "DPMSolverMultistepScheduler"
+    assert out.landmarks.shape == (72, 2) and out.drawing.shape == (SIZE, SIZE, 3)
+    assert out.face is out.reference_faces[0] and out.driver_face is not None
+    assert len(out.identity_scores) == 1 and -1 <= out.identity_scores[0] <= 1
+    assert out.notes == ()
+
+
+def test_same_seed_same_picture_and_a_drawn_seed_can_be_used_again(pipe):
+    first = portrait(pipe, seed=None)
+    assert np.array_equal(pixels(first), pixels(portrait(pipe, seed=first.seed)))
+    assert not np.array_equal(pixels(first), pixels(portrait(pipe, seed=first.seed + 1)))
+
+
+def test_person_pose_and_prompt_each_change_the_picture(pipe):
+    pose = photo(3)
+    base = pixels(portrait(pipe, pose=pose))
+    assert not np.array_equal(base, pixels(portrait(pipe, pose=pose, reference=BOB)))
+    assert not np.array_equal(base, pixels(portrait(pipe, pose=photo(3, 1))))
+    assert not np.array_equal(base, pixels(portrait(pipe, "a pencil sketch", pose=pose)))
+
+
+def test_face_tokens_reach_the_picture_only_through_ffrnet(pipe):
+    without = [pixels(portrait(pipe, reference=who, ffrnet_scale=0)) for who in (ALICE, BOB)]
+    assert np.array_equal(*without)
+    stock = StableDiffusionXLPipeline(
+        **{name: getattr(pipe, name) for name in BASE_PARTS}, add_watermarker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = copy.deepcopy(pipe.scheduler)
+    plain = stock(
+        "a photo",
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert np.array_equal(without[0], np.asarray(plain.images[0]))
+
+
+def test_zero_initialised_ffrnet_equals_the_base(pipe):
+    fresh = FaceSnapPipeline.from_pipe(pipe, ffrnet=tiny_ffrnet(pipe.unet, zero=True))
+    fresh.set_progress_bar_config(disable=True)
+    assert np.array_equal(pixels(portrait(fresh)), pixels(portrait(pipe, ffrnet_scale=0)))
+
+
+def test_variants_of_table_3(pipe):
+    pose = photo(2)
+    shots = [pixels(portrait(pipe, pose=pose, variant=v)) for v in ("predicted", "driver", "black", "none")]
+    assert all(not np.array_equal(a, b) for k, a in enumerate(shots) for b in shots[:k])
+    black = pixels(portrait(pipe, pose=photo(3), variant="black"))
+    assert np.array_equal(black, shots[2])
+
+
+def test_ffrnet_runs_once_a_step(pipe):
+    rows = []
+    handle = pipe.ffrnet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    portrait(pipe, num_inference_steps=3)
+    handle.remove()
+    assert rows == [1, 1, 1]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_batch_equals_one_by_one(pipe, guidance):
+    prompts = ["a photo", "a sketch"]
+    many = portrait(pipe, prompts, num_images_per_prompt=2, guidance_scale=guidance, output_type="np", seed=5)
+    assert many.seeds == (5, 6, 7, 8)
+    for k, seed in enumerate(many.seeds):
+        alone = portrait(pipe, prompts[k // 2], guidance_scale=guidance, output_type="np", seed=seed)
+        np.testing.assert_allclose(many.images[k], alone.images[0], atol=1e-4)
+
+
+def test_any_size_of_the_vaes_grid(pipe):
+    out = portrait(pipe, height=48, width=80)
+    assert out.images[0].size == (80, 48) and out.size == (48, 80)
+
+
+def test_four_latent_channels_and_an_8x_vae_work_the_same():
+    out = portrait(tiny_pipeline(vae_levels=4, latent_channels=4), height=40, width=48)
+    assert out.images[0].size == (48, 40)
+
+
+# ---------------------------------------------------------------------- references and poses
+
+
+def test_preview_shows_what_the_portrait_will_follow(pipe):
+    preview = pipe.preview(ALICE, photo(2))
+    out = portrait(pipe, pose=photo(2))
+    assert np.array_equal(preview.landmarks, out.landmarks)
+    assert np.array_equal(preview.drawing, out.drawing)
+    assert np.array_equal(pixels(out), pixels(portrait(pipe, preview=preview)))
+
+
+def test_without_a_pose_the_references_own(pipe):
+    own = pipe.preview(ALICE).landmarks
+    again = pipe.preview(ALICE, ALICE).landmarks
+    np.testing.assert_allclose(own, again, atol=0.5)
+
+
+def test_pose_by_template_head_and_landmarks(pipe):
+    from facesnap import templates
+
+    name = templates.TEMPLATES[0].name
+    by_name = pipe.preview(ALICE, name).landmarks
+    by_head = pipe.preview(ALICE, templates.get(name).head(pipe.head_model, (SIZE, SIZE))).landmarks
+    assert np.array_equal(by_name, by_head)
+    assert np.array_equal(pipe.preview(BOB, by_name).landmarks, by_name)
+
+
+def test_expression_can_be_weakened(pipe):
+    strong, weak, none = (pipe.preview(ALICE, BOB, expression_strength=s).landmarks for s in (1, 0.5, 0))
+    np.testing.assert_allclose(weak, (strong + none) / 2, atol=1e-3)
+    assert np.abs(strong - none).max() > 0.1
+
+
+def test_references_are_one_set_of_which_every_photo_counts(pipe):
+    pose = photo(3)
+    two = pixels(portrait(pipe, reference=[ALICE, photo(1, 1)], pose=pose))
+    assert not np.array_equal(two, pixels(portrait(pipe, pose=pose)))
+    tokens = [pipe.mix([pipe.analyse(p) for p in order]).tokens for order in ([ALICE, BOB], [BOB, ALICE])]
+    torch.testing.assert_close(*tokens)
+
+
+def test_analysed_faces_serve_as_references(pipe):
+    face = pipe.analyse(ALICE)
+    assert np.array_equal(pixels(portrait(pipe, reference=face)), pixels(portrait(pipe)))
+
+
+def test_references_of_different_people_are_pointed_out(pipe):
+    notes = portrait(pipe, reference=[ALICE, photo(1, 1), BOB]).notes
+    assert len(notes) == 2
+    assert all("and 3 may show different people" in note for note in notes)
+
+
+def test_several_faces_are_pointed_out(pipe):
+    assert portrait(pipe, reference=photo(1, 99)).notes == (
+        "The reference photo shows 2 faces; the largest was used.",
+    )
+
+
+def test_words_beyond_the_prompts_limit_are_pointed_out(pipe):
+    (note,) = portrait(pipe, "abcdefghijklmnopqrstuvwxyz").notes
+    assert "“stuvwxyz”" in note.replace(" ", "")
+    (note,) = portrait(pipe, "x" * 10_000).notes
+    assert len(note) < 200
+
+
+def test_identity_score_is_none_where_there_is_no_face(pipe):
+    assert pipe.identity_score(Image.fromarray(faceless()), [pipe.analyse(ALICE)]) is None
+    assert pipe.identity_score(ALICE, [pipe.analyse(ALICE)]) == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"height": 70}, "height 70 is not a multiple of 16; the nearest are 64 and 80"),
+        ({"width": 100_000}, "width is 100000; choose a whole number from 16 to 4096"),
+        ({"width": 64.0}, "width is 64.0; choose a whole number"),
+        ({"num_inference_steps": 0}, "number of steps is 0; choose a whole number from 1 to 200"),
+        ({"guidance_scale": -1}, "guidance scale is -1; choose a number from 0 to 30"),
+        ({"guidance_scale": float("nan")}, "guidance scale is nan"),
+        ({"identity_scale": 3}, "identity scale is 3; choose a number from 0 to 2"),
+        ({"expression_strength": -0.1}, "expression strength is -0.1"),
+        ({"num_images_per_prompt": 0}, "number of pictures for a prompt is 0"),
+        ({"seed": -1}, "seed is -1; choose a whole number from 0"),
+        ({"prompt": None}, "There is no prompt"),
+        ({"prompt": 5}, "prompt must be text"),
+        ({"reference": []}, "There is no reference photo"),
+        ({"reference": None}, "There is no reference photo"),
+        ({"reference": [ALICE] * 5}, "5 reference photos were given; choose at most 4"),
+        ({"reference": faceless()}, "The reference photo: No face"),
+        ({"reference": [ALICE, faceless()]}, "Reference photo 2: No face"),
+        ({"pose": faceless()}, "The pose photo: No face"),
+        ({"pose": "sideways, somehow"}, "sideways, somehow"),
+        ({"pose": np.full((72, 2), np.nan, np.float32)}, "not numbers"),
+    ],
+)
+def test_refused_with_a_sentence(pipe, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        portrait(pipe, **arguments)
+
+
+def test_empty_prompt_is_a_prompt(pipe):
+    assert portrait(pipe, "").images[0].size == (SIZE, SIZE)
+
+
+# ---------------------------------------------------------------------- what a call leaves behind
+
+
+def state(pipe):
+    """All that a request could change: attributes, configs, weights and hooks."""
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+    return {
+        "attributes": {k: repr(v) for k, v in vars(pipe).items() if k not in pipe.components},
+        "identities": {k: id(v) for k, v in pipe.components.items()},
+        "scheduler": {k: repr(v) for k, v in vars(pipe.scheduler).items()},
+        "weights": {
+            n: sum(p.double().abs().sum().item() for p in m.parameters()) for n, m in modules.items()
+        },
+        "dtypes": {n: m.dtype for n, m in modules.items()},
+        "hooks": [
+            (n, h)
+            for n, m in modules.items()
+            for s in m.modules()
+            for h in (*s._forward_pre_hooks.values(), *s._forward_hooks.values())
+        ],
+        "generator": torch.get_rng_state().sum().item(),
+    }
+
+
+def test_pipeline_is_untouched_after_a_call(pipe):
+    before = state(pipe)
+    portrait(pipe, identity_scale=0.5, landmark_scale=0.5, num_inference_steps=3)
+    assert state(pipe) == before
+
+
+def test_pipeline_is_untouched_after_a_call_that_failed(pipe):
+    def stop(request, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    before, picture = state(pipe), pixels(portrait(pipe))
+    with pytest.raises(KeyboardInterrupt):
+        portrait(pipe, identity_scale=0.5, callback_on_step_end=stop)
+    assert state(pipe) == before
+    assert np.array_equal(picture, pixels(portrait(pipe)))
+
+
+def test_a_callback_can_end_guidance_early(pipe):
+    rows = []
+
+    def end_guidance(request, step, timestep, tensors):
+        request._guidance_scale = 1.0
+        return {name: tensor[len(tensor) // 2 :] for name, tensor in tensors.items()}
+
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0])) if args else None
+    )
+    portrait(
+        pipe,
+        num_inference_steps=3,
+        callback_on_step_end=end_guidance,
+        callback_on_step_end_tensor_inputs=["prompt_embeds", "add_text_embeds", "add_time_ids"],
+    )
+    handle.remove()
+    assert rows == [2, 1, 1] or rows == [2, 1]
+    assert portrait(pipe).guidance == 2.0
+
+
+# ---------------------------------------------------------------------- other pipelines
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pipe_shares_modules_and_leaves_their_dtype_alone(pipe, dtype):
+    parts = {name: copy.deepcopy(getattr(pipe, name)) for name in BASE_PARTS}
+    parts["unet"].to(dtype)
+    parts["vae"].to(dtype)
+    source = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    ours = {"mixer": pipe.mixer, "ffrnet": pipe.ffrnet, "face_encoder": pipe.face_encoder}
+    made = FaceSnapPipeline.from_pipe(source, **ours)
+    assert all(getattr(made, name) is part for name, part in parts.items())
+    assert {n: getattr(source, n).dtype for n in ("unet", "vae", "text_encoder")} == {
+        "unet": dtype,
+        "vae": dtype,
+        "text_encoder": torch.float32,
+    }
+    assert made.ffrnet.dtype == torch.float32
+
+
+def test_from_pipe_takes_our_parts_from_a_checkpoint(pipe, tmp_path, tiny_readers):
+    pipe.save_pretrained(tmp_path)
+    source = StableDiffusionXLPipeline(**{n: getattr(pipe, n) for n in BASE_PARTS}, add_watermarker=False)
+    made = FaceSnapPipeline.from_pipe(source, tmp_path)
+    made.set_progress_bar_config(disable=True)
+    assert made.settings == pipe.settings and made.mixer is not pipe.mixer
+    assert same(portrait(made), portrait(pipe))
+
+
+def conditions(pipe, size=(SIZE, SIZE)):
+    preview = pipe.preview(ALICE, size=size)
+    mixed = pipe.mix(preview.reference_faces)
+    control = torch.from_numpy(preview.drawing).permute(2, 0, 1)[None].float() / 255
+    return {"tokens": mixed.tokens, "pooled": mixed.pooled, "control": control}
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_stock_pipelines_follow_an_attached_ffrnet(kind, channels):
+    if channels == 9 and kind is StableDiffusionXLImg2ImgPipeline:
+        pytest.skip("a 9-channel UNet is for inpainting")
+    ours = tiny_pipeline(vae_levels=4, latent_channels=4)
+    unet = tiny_unet(in_channels=channels, out_channels=4)
+    stock = kind(**{n: getattr(ours, n) for n in BASE_PARTS} | {"unet": unet}, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    inputs = {"image": Image.fromarray(photo(4, size=SIZE)), "num_inference_steps": 4, "strength": 0.8}
+    if kind is StableDiffusionXLInpaintPipeline:
+        inputs |= {"mask_image": Image.new("L", (SIZE, SIZE), 255), "height": SIZE, "width": SIZE}
+
+    def run():
+        with torch.no_grad():
+            return np.asarray(
+                stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0]
+            )
+
+    plain = run()
+    with attach(unet, ours.ffrnet, guidance=lambda: stock.do_classifier_free_guidance, **conditions(ours)):
+        followed = run()
+    assert not np.array_equal(plain, followed)
+    assert np.array_equal(plain, run())
+
+
+def test_lora_weights_load_and_unload_around_ffrnet(pipe):
+    from peft import LoraConfig
+
+    unet = copy.deepcopy(pipe.unet)
+    with_lora = FaceSnapPipeline.from_pipe(pipe, unet=unet)
+    with_lora.set_progress_bar_config(disable=True)
+    plain = pixels(portrait(with_lora))
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not np.array_equal(plain, pixels(portrait(with_lora)))
+    with_lora.unload_lora_weights()
+    assert np.array_equal(plain, pixels(portrait(with_lora)))
+
+
+# ---------------------------------------------------------------------- folders
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_save_load_same_picture(pipe, saved, tiny_readers):
+    again = FaceSnapPipeline.from_pretrained(saved)
+    again.set_progress_bar_config(disable=True)
+    assert again.settings == pipe.settings
+    first, second = portrait(pipe, pose=BOB), portrait(again, pose=BOB)
+    assert same(first, second)
+    np.testing.assert_allclose(first.landmarks, second.landmarks, atol=1e-3)
+    assert first.identity_scores == pytest.approx(second.identity_scores, abs=1e-2)
+
+
+def test_stock_sdxl_loads_the_folder(pipe, saved, caplog):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    assert not set(index) & {"mixer", "ffrnet", "face_encoder", "face_analyser", "head_model", "scorer"}
+    stock = StableDiffusionXLPipeline.from_pretrained(saved)
+    stock.set_progress_bar_config(disable=True)
+    plain = stock(
+        "a photo",
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert np.array_equal(np.asarray(plain.images[0]), pixels(portrait(pipe, ffrnet_scale=0)))
+
+
+def test_half_precision_files_keep_the_text_encoders_whole_and_the_pipeline_as_it_was(
+    pipe, tmp_path, tiny_readers
+):
+    before = state(pipe)
+    pipe.save_pretrained(tmp_path, dtype=torch.float16, max_shard_size="20KB")
+    assert state(pipe) == before
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    stock = StableDiffusionXLPipeline.from_pretrained(tmp_path)  # no dtype given
+    assert stock.text_encoder.dtype == stock.unet.dtype == torch.float32
+    again = FaceSnapPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert {again.mixer.dtype, again.ffrnet.dtype, again.face_encoder.dtype} == {torch.float32}
+    difference = np.abs(pixels(portrait(again)).astype(int) - pixels(portrait(pipe)))
+    assert difference.mean() < 4
+
+
+def test_every_module_takes_the_dtype_asked_for(saved, tiny_readers):
+    again = FaceSnapPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    again.set_progress_bar_config(disable=True)
+    modules = [c for c in again.components.values() if isinstance(c, torch.nn.Module)]
+    assert {m.dtype for m in modules} == {torch.bfloat16} and not any(m.training for m in modules)
+    assert portrait(again).images[0].size == (SIZE, SIZE)
+
+
+def test_hub_ids_are_snapshotted_first(saved, tiny_readers, monkeypatch):
+    asked = []
+    monkeypatch.setattr("facesnap.pipeline.snapshot_download", lambda name: asked.append(name) or saved)
+    assert FaceSnapPipeline.from_pretrained("somebody/facesnap").settings.name == "tiny"
+    assert asked == ["somebody/facesnap"]
+
+
+def test_missing_folder_is_named(monkeypatch):
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("facesnap.pipeline.snapshot_download", offline)
+    with pytest.raises(InputError, match="no folder 'assets/nowhere', and the Hub gave none"):
+        FaceSnapPipeline.from_pretrained("assets/nowhere")
+    with pytest.raises(InputError, match="no folder './nowhere'; give the folder"):
+        FaceSnapPipeline.from_pretrained("./nowhere")
+
+
+@pytest.mark.parametrize(
+    "part", ["facesnap.json", "mixer", "ffrnet", "face_pack", "head", "unet", "vae", "tokenizer"]
+)
+def test_missing_part_is_named(saved, tmp_path, tiny_readers, part):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    if (folder / part).is_dir():
+        shutil.rmtree(folder / part)
+    else:
+        (folder / part).unlink()
+    with pytest.raises(
+        InputError, match="plain SDXL checkpoint" if part == "facesnap.json" else f"has no {part}"
+    ):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("mixer/diffusion_pytorch_model.safetensors", "mixer"),
+        ("head/model.safetensors", "head"),
+        ("face_encoder/config.json", "face_encoder"),
+        ("unet/diffusion_pytorch_model.safetensors", "base model"),
+        ("facesnap.json", "facesnap.json"),
+    ],
+)
+def test_damaged_part_is_named(saved, tmp_path, tiny_readers, file, part):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(InputError, match=f"The {part} of the checkpoint .* cannot be read"):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+def test_weights_that_lack_tensors_are_damaged(saved, tmp_path, tiny_readers):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    file = folder / "ffrnet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("controlnet_mid_block.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="ffrnet"):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+def test_scorer_may_be_absent(saved, tmp_path, tiny_readers):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    shutil.rmtree(folder / "scorer")
+    again = FaceSnapPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    assert portrait(again).identity_scores == ()

@@ -47,7 +47,8 @@ from .predictor import LandmarkPredictor
 SETTINGS_NAME = "facesnap.json"
 SCORER_NAME = "recogniser.onnx"
 BASE_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-OUR_PARTS = ("mixer", "ffrnet", "face_encoder", "face_analyser", "head_model", "scorer")
+WEIGHTS = ("mixer", "ffrnet", "face_encoder")
+OUR_PARTS = (*WEIGHTS, "face_analyser", "head_model", "scorer")
 FOLDERS = {"face_analyser": "face_pack", "head_model": "head"}  # the others lie in folders of their own name
 MAX_REFERENCES = 4
 MAX_SIDE = 4096
@@ -58,7 +59,8 @@ MAX_GUIDANCE = 30.0
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Source = str | Path | bytes | Image.Image | np.ndarray | Face
+Picture = str | Path | bytes | Image.Image | np.ndarray
+Source = Picture | Face  # a photo, or what was read from it before
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         folder = _local_folder(model)
         settings = _read_settings(model, folder)
         ours = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
-        ours |= _load_our_parts(model, folder, torch_dtype, providers, skip=ours)
+        ours |= _load_our_parts(model, folder, settings, torch_dtype, providers, skip=ours)
         for name in BASE_PARTS:
             if name not in kwargs and not (folder / name).is_dir():
                 raise _incomplete(model, name)
@@ -237,7 +239,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         if model is not None:
             folder = _local_folder(model)
             settings = _read_settings(model, folder)
-            loaded = _load_our_parts(model, folder, pipeline.unet.dtype, providers, skip=given)
+            loaded = _load_our_parts(model, folder, settings, pipeline.unet.dtype, providers, skip=given)
             for module in loaded.values():
                 if isinstance(module, nn.Module):
                     module.to(pipeline.unet.device)
@@ -291,13 +293,15 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
         for name in OUR_PARTS:
             part, place = saved(name), folder / FOLDERS.get(name, name)
-            if isinstance(part, nn.Module):
+            if part is None:
+                continue
+            if name in WEIGHTS:
                 part.save_pretrained(place, max_shard_size=max_shard_size)
-            elif name == "scorer" and part is not None:
+            elif name != "scorer":
+                part.save_pretrained(place)
+            elif part.path.resolve() != (place / SCORER_NAME).resolve():
                 place.mkdir(exist_ok=True)
                 shutil.copyfile(part.path, place / SCORER_NAME)
-            elif part is not None:
-                part.save_pretrained(place)
         settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
         (folder / SETTINGS_NAME).write_text(settings + "\n", encoding="utf-8")
 
@@ -386,7 +390,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
     def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:
         """The face of every reference, and what the user should know about them."""
-        sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+        sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
         if not sources or any(source is None for source in sources):
             raise InputError("There is no reference photo; give one to four photos of one person.")
         if len(sources) > MAX_REFERENCES:
@@ -493,7 +497,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             self.ffrnet,
             tokens=mixed.tokens,
             pooled=mixed.pooled,
-            control=_control(preview.drawing),
+            control=_control(preview.drawing).to(mixed.tokens),
             scale=ffrnet_scale,
             identity_scale=identity_scale,
             landmark_scale=landmark_scale,
@@ -536,7 +540,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             guidance=guidance,
         )
 
-    def identity_score(self, image: Source, references: Sequence[Face]) -> float | None:
+    def identity_score(self, image: Picture, references: Sequence[Face]) -> float | None:
         """Cosine of the face in `image` to the references', by the recogniser that only scores.
 
         Several references count as the mean of their directions. None: no face was found in `image`.
@@ -683,6 +687,7 @@ def _read_settings(model: str | Path, folder: Path) -> Settings:
 def _load_our_parts(
     model: str | Path,
     folder: Path,
+    settings: Settings,
     dtype: torch.dtype | None,
     providers: tuple[str, ...],
     skip: dict[str, Any],
@@ -710,7 +715,8 @@ def _load_our_parts(
     parts: dict[str, Any] = {}
     for name, load in loaders.items():
         place = folder / FOLDERS.get(name, name)
-        if name in skip or (name == "scorer" and not place.is_dir()):
+        optional = name == "scorer" or (name == "ffrnet" and settings.variant == "none")
+        if name in skip or (optional and not place.is_dir()):
             parts[name] = skip.get(name)
             continue
         if not place.is_dir():

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -489,6 +490,24 @@ def test_weights_that_lack_tensors_are_damaged(saved, tmp_path, tiny_readers):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match="ffrnet"):
         FaceSnapPipeline.from_pretrained(folder)
+
+
+def test_checkpoint_trained_without_ffrnet_needs_none(pipe, tmp_path, tiny_readers):
+    without = tiny_pipeline(ffrnet=None)
+    without.settings = replace(without.settings, variant="none")
+    without.save_pretrained(tmp_path)
+    again = FaceSnapPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.ffrnet is None
+    assert same(portrait(again), portrait(pipe, variant="none"))
+
+
+def test_saving_over_the_folder_it_came_from(saved, tmp_path, tiny_readers):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    again = FaceSnapPipeline.from_pretrained(folder)
+    again.settings = replace(again.settings, steps=3)
+    again.save_pretrained(folder)
+    assert FaceSnapPipeline.from_pretrained(folder).settings.steps == 3
 
 
 def test_scorer_may_be_absent(saved, tmp_path, tiny_readers):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+import numbers
 import re
 import secrets
 import shutil
@@ -630,10 +631,10 @@ def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    kind = int if whole else (int, float)
+    kind = numbers.Integral if whole else numbers.Real  # NumPy's scalars are such, too
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         raise InputError(
-            f"The {name} is {value!r}; choose a {'whole ' if whole else ''}number from {low} to {high}."
+            f"The {name} is {value}; choose a {'whole ' if whole else ''}number from {low} to {high}."
         )
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from facesnap.images import InputError
 from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline
 
 ALICE, BOB = photo(1), photo(2)
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def portrait(pipe, prompt="a photo", reference=ALICE, seed=0, **kwargs):
@@ -516,3 +518,35 @@ def test_scorer_may_be_absent(saved, tmp_path, tiny_readers):
     again = FaceSnapPipeline.from_pretrained(folder)
     again.set_progress_bar_config(disable=True)
     assert portrait(again).identity_scores == ()
+
+
+# ---------------------------------------------------------------------- the mini
+
+
+@pytest.fixture(scope="module")
+def mini():
+    if not (ASSETS / "mini" / "facesnap.json").is_file():
+        pytest.skip("assets/mini is not built yet")
+    pipe = FaceSnapPipeline.from_pretrained(ASSETS / "mini")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_mini_comes_back_from_a_folder_pack_and_head_included(mini, tmp_path):
+    reference = min((ASSETS / "examples").glob("*.png"))
+    mini.save_pretrained(tmp_path, max_shard_size="9MB")
+    again = FaceSnapPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    made = [
+        portrait(p, "a photo of a person", reference=reference, pose="quarter-left", num_inference_steps=2)
+        for p in (mini, again)
+    ]
+    assert same(*made)
+    assert np.array_equal(made[0].face.embedding, made[1].face.embedding)
+    np.testing.assert_allclose(made[0].landmarks, made[1].landmarks, atol=1e-3)
+    assert made[0].identity_scores == pytest.approx(made[1].identity_scores, abs=1e-2)
+
+
+def test_the_mini_refuses_a_picture_without_a_face(mini):
+    with pytest.raises(InputError, match="The reference photo: No face was found"):
+        mini.preview(np.full((256, 256, 3), 127, np.uint8))

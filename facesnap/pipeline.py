@@ -1,6 +1,6 @@
 """FaceSnapPipeline: reference photos, a head pose and a prompt become portraits. Where everything meets.
 
-It is diffusers' `StableDiffusionXLPipeline` with five components more and no line of its `__call__` copied:
+It is diffusers' `StableDiffusionXLPipeline` with six components more and no line of its `__call__` copied:
 photos become face tokens and a drawing of 72 landmarks, then the stock call runs while FFRNet is attached to
 the UNet. LoRA, IP-Adapter, callbacks, offloading and every argument of the stock call therefore work as ever.
 

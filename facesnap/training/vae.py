@@ -1,0 +1,286 @@
+"""The mini's VAE: pictures of 256² to latents of 16 × 16 × 16 and back.
+
+It is a stock diffusers `AutoencoderKL`, so that a stock `StableDiffusionXLPipeline` loads it. That
+pipeline knows one scaling factor for all channels; ours have a mean and a deviation each, which are
+folded into the 1 × 1 convolutions around the latents when training ends (`fold_normalisation`), and the
+factor is 1.
+
+    python -m facesnap.training.vae --data DIR --out DIR --export DIR --minutes M [--threads T]
+    python -m facesnap.training.vae … --decoder-only --start DIR     # latents stay what they were
+
+Training goes by crops of 128², more often around the eyes and the mouth, which are small and matter most, and
+weighs them up in the loss as well.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from facesnap.training.data import BACKGROUND, CLOTHES, People, load_people
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
+
+LATENT_CHANNELS = 16
+WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
+VALIDATION = 40  # one person in so many is never trained on
+
+
+def make_vae(widths: Sequence[int] = WIDTHS) -> AutoencoderKL:
+    """A fresh VAE; each width after the first halves the picture."""
+    levels = len(widths)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=256,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+    # Start with little noise on the latents (σ = e^-2): a picture that gets through teaches more.
+    nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -4.0)
+    return vae
+
+
+class VaeStage(Stage):
+    """Crops in, the same crops out."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        folder: Path,
+        *,
+        batch_size: int = 8,
+        crop: int = 128,
+        kl: float = 2e-5,
+        decoder_only: bool = False,
+    ) -> None:
+        self.vae = vae
+        self.folder = folder
+        self.batch_size = batch_size
+        self.crop = crop
+        self.kl = kl
+        self.decoder_only = decoder_only
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        self.refresh()
+        held = np.flatnonzero(self.people.person % VALIDATION == VALIDATION - 1)
+        if not len(held):
+            raise ValueError(
+                f"{folder} holds no person n with n % {VALIDATION} == {VALIDATION - 1} to validate on"
+            )
+        self.held = held[np.linspace(0, len(held) - 1, min(24, len(held))).astype(int)]
+        self.held_people = self.people
+
+    def refresh(self) -> None:
+        people = load_people(self.folder)
+        self.rows = np.flatnonzero(people.person % VALIDATION != VALIDATION - 1)
+        self.people = people
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        people, rows = self.people, self.rows
+        images, weights = [], []
+        for _ in range(self.batch_size):
+            row = int(rng.choice(rows))
+            image, weight = crop_and_weight(people, row, self.crop, rng)
+            images.append(image)
+            weights.append(weight)
+        return {
+            "images": to_tensor(np.stack(images)),
+            "weights": torch.from_numpy(np.stack(weights)[:, None]),
+        }
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch["images"]
+        with torch.set_grad_enabled(not self.decoder_only):
+            posterior = self.vae.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        error = decoded.float() - images
+        loss = reconstruction_loss(error, batch["weights"])
+        psnr = 10 * torch.log10(4 / error.detach().square().mean())
+        return loss + self.kl * kl, {"psnr": psnr, "kl": kl}
+
+    @torch.no_grad()
+    def sample_sheet(self, path: Path) -> dict[str, float]:
+        """Six held-out pictures over their reconstructions; the PSNR in dB of all 24, whole and around
+        the eyes."""
+        originals = self.held_people.images[self.held]
+        device = next(self.vae.parameters()).device
+        decoded = reconstruct(self.vae, originals, device)
+        square = (originals.astype(np.float32) - decoded.astype(np.float32)) ** 2
+        whole, eyes = [], []
+        for row, error in zip(self.held, square, strict=True):
+            whole.append(_psnr(error))
+            (x0, y0), (x1, y1) = _box(self.held_people.landmarks[row, 36:52], 6, error.shape[:2])
+            eyes.append(_psnr(error[y0:y1, x0:x1]))
+        columns = np.linspace(0, len(self.held) - 1, min(6, len(self.held))).astype(int)
+        sheet = np.vstack([np.hstack(originals[columns]), np.hstack(decoded[columns])])
+        cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes))}
+
+
+def crop_and_weight(
+    people: People, row: int, crop: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop)
+    float32.
+
+    Weights: background and clothes 1, the head 1.5, eyes and mouth 4. Half of the crops are mirrored.
+    """
+    points = people.landmarks[row]
+    height, width = people.size
+    parts = {"eyes": points[36:52], "mouth": points[52:], "face": points}
+    part = rng.choice(["eyes", "mouth", "face", "anywhere"], p=[0.35, 0.15, 0.25, 0.25])
+    if part == "anywhere":
+        centre = rng.uniform([0, 0], [width, height])
+    else:
+        centre = parts[part].mean(0) + rng.normal(0, crop / 6, 2)
+    x = int(np.clip(centre[0] - crop / 2, 0, width - crop))
+    y = int(np.clip(centre[1] - crop / 2, 0, height - crop))
+    window = np.s_[y : y + crop, x : x + crop]
+    labels = people.masks[row][window]
+    weight = np.where((labels == BACKGROUND) | (labels == CLOTHES), 1.0, 1.5).astype(np.float32)
+    for feature in (points[36:44], points[44:52], points[52:]):
+        hull = cv2.convexHull(np.round(feature - (x, y)).astype(np.int32))
+        cv2.fillConvexPoly(weight, hull, 4.0)
+        cv2.polylines(weight, [hull], True, 4.0, thickness=5)
+    image = people.images[row][window]
+    if rng.random() < 0.5:
+        image, weight = image[:, ::-1], weight[:, ::-1]
+    return np.ascontiguousarray(image), np.ascontiguousarray(weight)
+
+
+def reconstruction_loss(error: Tensor, weights: Tensor) -> Tensor:
+    """What is asked of decoded − image, (B, 3, H, W), with weights (B, 1, H, W).
+
+    L1 and L2; L1 of the gradients, which asks for edges; and L1 of the error averaged over 2 × 2 and 8 ×
+    8 pixels, which asks for the right colour of areas long before their texture is right.
+    """
+    weights = weights / weights.mean()
+    across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
+    gradients = (across.abs() * weights[..., 1:]).mean() + (down.abs() * weights[..., 1:, :]).mean()
+    fine, coarse = F.avg_pool2d(error, 2), F.avg_pool2d(error, 8)
+    return (
+        (error.abs() * weights).mean()
+        + 0.5 * (error.square() * weights).mean()
+        + 0.5 * gradients
+        + 0.7 * (fine.abs() * F.avg_pool2d(weights, 2)).mean()
+        + 1.5 * coarse.abs().mean()
+    )
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of each latent channel over pictures (N, H, W, 3) uint8."""
+    latents = torch.cat([vae.encode(to_tensor(images[i : i + 8]).to(device)).latent_dist.mean.float()
+                         for i in range(0, len(images), 8)])  # fmt: skip
+    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+
+
+@torch.no_grad()
+def fold_normalisation(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Change the VAE so that its latents are (z − mean) / std, and decode as before.
+
+    `quant_conv` gives mean and log-variance of z, `post_quant_conv` takes z.
+    """
+    channels = len(mean)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:channels] /= std[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.bias[channels:] -= 2 * std.log()
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """(N, H, W, 3) uint8 to the same, through the latents' means."""
+    decoded = [vae.decode(vae.encode(to_tensor(images[i : i + 4]).to(device)).latent_dist.mean).sample
+               for i in range(0, len(images), 4)]  # fmt: skip
+    pixels = (torch.cat(decoded).float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) in [−1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def export(trainer: Trainer, stage: VaeStage, folder: Path) -> None:
+    """Save the EMA weights with normalised latents (as they are where the encoder was frozen)."""
+    vae = make_vae(stage.vae.config.block_out_channels)
+    with trainer.averaged():
+        vae.load_state_dict(stage.vae.state_dict())
+    if not stage.decoder_only:
+        some = stage.rows[np.linspace(0, len(stage.rows) - 1, min(400, len(stage.rows))).astype(int)]
+        fold_normalisation(vae, *latent_statistics(vae, stage.people.images[some], torch.device("cpu")))
+    vae.save_pretrained(folder)
+
+
+def _box(points: np.ndarray, margin: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (x, y) of the box around points, inside the picture and at least a pixel large."""
+    limit = np.array([size[1], size[0]])
+    low = np.clip(points.min(0) - margin, 0, limit - 1).astype(int)
+    high = np.clip(points.max(0) + margin, low + 1, limit).astype(int)
+    return low, high
+
+
+def _psnr(square: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(float(square.mean()), 1e-9)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and sheet")
+    parser.add_argument("--export", type=Path, help="where the VAE is saved in the end (default: OUT/vae)")
+    parser.add_argument("--minutes", type=float, default=55)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--start", type=Path, help="a saved VAE to go on from")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="freeze the encoder, so that latents stay valid"
+    )
+    parser.add_argument("--export-only", action="store_true", help="save the last checkpoint's VAE and end")
+    args = parser.parse_args()
+    if args.decoder_only and args.start is None:
+        parser.error("--decoder-only needs --start: a decoder learns to read the latents of a given encoder")
+
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()
+    stage = VaeStage(vae, args.data, batch_size=args.batch, crop=args.crop, decoder_only=args.decoder_only)
+    config = TrainerConfig(
+        args.out, minutes=args.minutes, optimiser="muon", lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4,
+        ema=0.995, seed=args.seed, device=args.device,
+    )  # fmt: skip
+    trainer = Trainer(stage, config)
+    if not args.export_only:
+        trainer.train()
+    export(trainer, stage, args.export or args.out / "vae")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `app.py` is made of: `studio` (requests to portraits), `views` (results to HTML), `page.css`."""

@@ -1,4 +1,4 @@
-"""Metrics against cases worked out by hand, and the ledger that lets a killed evaluation continue."""
+"""Metrics against cases worked out by hand, a ledger that survives a kill, what the protocol promises."""
 
 import json
 
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from facesnap.evaluation import metrics, report
+from facesnap.evaluation import metrics, photographs, portraits, protocol, report
+from facesnap.evaluation.__main__ import parse
+from facesnap.evaluation.scorer import visible
+from facesnap.synthetic.people import EVALUATION_PEOPLE
 
 
 def test_cosines_by_hand_and_no_face_is_zero():
@@ -139,3 +142,155 @@ def test_contact_sheet_never_stretches(tmp_path):
     sheet = np.array(Image.open(path)).astype(int)
     is_red = (sheet[..., 0] > 200) & (sheet[..., 1] < 60)
     assert abs(int(is_red.sum()) - 2 * 64 * 32) < 300
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+def test_people_are_held_out_disjoint_and_the_same_every_time():
+    gallery, drivers = protocol.people(0)
+    assert len(set(gallery)) == protocol.GALLERY and not set(gallery) & set(drivers)
+    assert set(gallery) | set(drivers) <= set(EVALUATION_PEOPLE)
+    assert protocol.people(0)[0] == gallery != protocol.people(1)[0]
+
+
+def test_requests_of_a_short_run_are_the_first_of_a_long_one():
+    assert protocol.requests(0, 5, 3) == protocol.requests(0, 40, 3)[:15]
+    with pytest.raises(ValueError, match="--people 201"):
+        protocol.requests(0, 201, 3)
+
+
+def test_a_prompt_names_what_is_judged_and_nothing_of_the_person():
+    for request in protocol.requests(0, 40, 3):
+        asked, prompt = request.attributes, request.prompt
+        assert f" {asked['clothes_color']} " in prompt and asked["background_color"] in prompt
+        for name in ("glasses", "hat"):
+            assert asked[name] == "none" or f"{asked[name]} " in prompt.replace(",", " ") + " "
+        assert "a person" in prompt and " man" not in prompt and " woman" not in prompt
+        assert not any(word in prompt for word in ("smiling", "laughing", "surprised", "serious"))
+
+
+def test_what_cannot_be_seen_is_not_judged():
+    attributes = {
+        "light": "warm", "background": "hills", "background_color": "red", "clothes_color": "blue",
+        "pattern": "plain", "glasses": "none", "hat": "none", "hat_color": "green", "expression": "smiling",
+    }  # fmt: skip
+    assert set(visible(attributes, "photo")) == {
+        "style", "light", "background", "clothes_color", "pattern", "glasses", "hat"
+    }  # fmt: skip
+    assert not {"clothes_color", "light"} & set(visible(attributes, "pencil sketch"))
+    studio = {**attributes, "background": "studio", "hat": "cap"}
+    assert {"background_color", "hat_color"} <= set(visible(studio, "photo"))
+
+
+def test_the_true_picture_is_the_person_before_the_drivers_camera():
+    person, driver_person = 1_000_001, 1_000_002
+    driver = protocol.driver_picture(driver_person)
+    truth = protocol.truth_picture(person, driver, style="watercolor", attributes={"hat": "cap"})
+    p, d = truth.parameters, driver.parameters
+    assert all(p[n] == d[n] for n in ("yaw", "pitch", "roll", "scale", "smile", "mouth_open", "eyelids"))
+    assert p["nose_length"] == protocol.sample_person(person).parameters["nose_length"] != d["nose_length"]
+    assert truth.style == "watercolor" and truth.attributes["hat"] == "cap"
+    itself = protocol.truth_picture(driver_person, driver)
+    assert np.allclose(protocol.exact_landmarks(itself, 256), protocol.exact_landmarks(driver, 256))
+
+
+def test_frontal_eye_distance_does_not_depend_on_the_pose():
+    straight = protocol.sample_picture(protocol.sample_person(1_000_003), 0, pose=(0, 0, 0), scale=1.0)
+    turned = protocol.sample_picture(protocol.sample_person(1_000_003), 0, pose=(0.7, 0.1, 0.2), scale=1.0)
+    assert protocol.frontal_eye_distance(turned, 256) == pytest.approx(
+        protocol.frontal_eye_distance(straight, 256)
+    )
+
+
+def ledger_of(model_is: str) -> tuple[dict, list, list]:
+    """Rows as a run would leave them: three people, each in two prompts, made perfectly or not at all."""
+    gallery = [1, 2, 3]
+    requests = [
+        protocol.Request(p, 9, "", s, {**ANY, "clothes_color": c, "glasses": g, "light": li}, 0)
+        for p in gallery
+        for s, c, g, li in (("photo", "red", "none", "soft"), ("watercolor", "blue", "round", "left"))
+    ]
+    faces = {p: np.eye(512)[p].tolist() for p in gallery}
+    rows: dict[str, dict] = {}
+
+    def seen(person: int, request: protocol.Request) -> dict:
+        return {
+            "found": True, "embedding": faces[person], "points": np.full((72, 2), 7.0).tolist(),
+            "attributes": visible(request.attributes, request.style),
+        }  # fmt: skip
+
+    for p in gallery:
+        mine = [r for r in requests if r.person == p]
+        for name, request in zip(["reference", *(f"render {k}" for k in range(3))], mine * 2, strict=True):
+            row = seen(p, request)
+            rows[f"{name} {p}"] = {**row, "style": request.style, "wanted": row["attributes"]}
+    for n, request in enumerate(requests):
+        rows[f"truth {n}"] = {**seen(request.person, request), "exact": [[7.0, 7.0]] * 72, "eye_distance": 10}
+        made = {"seconds": 2.0, "asked": [[7.0, 8.0]] * 72, "peak_memory_gb": 1.0}
+        if model_is == "perfect":
+            rows[f"portrait {n}"] = {**made, **seen(request.person, request)}
+        else:
+            rows[f"portrait {n}"] = {
+                **made,
+                "found": False,
+                "embedding": None,
+                "points": None,
+                "attributes": {},
+            }
+    return rows, requests, gallery
+
+
+ANY = {
+    "background": "studio",
+    "background_color": "red",
+    "pattern": "plain",
+    "hat": "none",
+    "hat_color": "red",
+}
+
+
+def test_summary_of_a_perfect_model_and_of_one_that_draws_no_faces(monkeypatch):
+    class Rows:
+        def __init__(self, rows):
+            self.rows = rows
+
+    # attributes that do not vary in this small world are left out
+    monkeypatch.setattr(portraits, "visible", lambda a, s: {"style": s, "clothes_color": a["clothes_color"]})
+    for model_is in ("perfect", "faceless"):
+        rows, requests, gallery = ledger_of(model_is)
+        for row in rows.values():
+            if "wanted" in row:
+                row["wanted"] = {k: row["wanted"][k] for k in ("style", "clothes_color")}
+        result = portraits.summary(Rows(rows), requests, gallery)
+        perfect = model_is == "perfect"
+        assert result["identity_retention"] == pytest.approx(1.0 if perfect else 0.0)
+        assert result["rank1"] == (1.0 if perfect else 0.0)
+        assert result["landmark_error"] == pytest.approx(0.1 if perfect else 1.0)  # one pixel of ten
+        assert result["text_accuracy"]["score"] == (1.0 if perfect else -1.0)
+        assert result["landmark_net_error"] == 0 and result["scorer_accuracy"]["score"] == 1
+        assert result["tar_at_far_1e-3"] == 1 and result["seconds"] == 2.0
+        assert "identity_retention" in report.table(portraits.lines(result))
+
+
+def test_the_command_of_the_readme_means_portraits():
+    arguments = parse("--model assets/mini --people 40 --poses 3 --seed 0 --out report.json".split())
+    assert (arguments.command, arguments.people, arguments.poses) == ("portraits", 40, 3)
+    assert parse(["stock", "--model", "m", "--out", "o"]).prompts == 50
+
+
+def test_hand_marks_lie_in_their_cut_outs_and_in_order():
+    assert len(photographs.MARKED) == 7
+    for marked in photographs.MARKED:
+        left, top, right, bottom = marked.box
+        points = marked.points()
+        assert (points > 0).all() and (points < [right - left, bottom - top]).all()
+        assert points[0, 0] < points[1, 0] and points[3, 0] < points[4, 0]  # left is the picture's
+        assert points[:2, 1].max() < points[3:5, 1].min() < points[5, 1]
+
+
+def test_the_six_marks_are_these_of_the_72():
+    points = np.zeros((72, 2))
+    points[[36, 40]] = (-30, 0), (-10, 0)
+    points[[30, 52, 57, 8]] = (1, 2), (3, 4), (5, 6), (7, 8)
+    assert photographs.marked_of(points).tolist() == [[-5, 0], [0, 0], [1, 2], [3, 4], [5, 6], [7, 8]]

@@ -9,9 +9,7 @@ weights, all heads in one output) and `attributes.json` (what each output stands
 """
 
 import argparse
-import io
 import json
-import tarfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ import onnxruntime
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from facesnap.evaluation.metrics import attribute_accuracy
 from facesnap.evaluation.report import rounded, table
@@ -28,13 +27,13 @@ from facesnap.synthetic.people import (
     BACKDROPS,
     BACKGROUNDS,
     CLOTHES,
-    EVALUATION_PEOPLE,
     GLASSES,
     HATS,
     LIGHTS,
     PATTERNS,
     STYLES,
 )
+from facesnap.training.data import load_people
 
 SIZE = 128
 
@@ -135,36 +134,18 @@ def build_net(width: int = 24) -> nn.Module:
     )
 
 
-def read_shards(folder: Path, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to `limit` pictures (N, 128, 128, 3), their labels (N, attributes; -1 where it cannot be seen) and
-    their people (N,), from the shards that `python -m facesnap.synthetic` writes."""
-    pictures, labels, people = [], [], []
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            parts: dict[str, dict[str, bytes]] = {}
-            for member in tar:
-                key, _, ending = member.name.partition(".")
-                file = tar.extractfile(member)
-                if file is None or ending not in ("png", "json"):
-                    continue
-                sample = parts.setdefault(key, {})
-                sample[ending] = file.read()
-                if len(sample) < 2:
-                    continue
-                record = json.loads(parts.pop(key)["json"])
-                if record["person"] in EVALUATION_PEOPLE:
-                    raise ValueError(
-                        f"{shard.name} holds person {record['person']}, who is kept for evaluation"
-                    )
-                pictures.append(prepared(np.asarray(Image.open(io.BytesIO(sample["png"])))))
-                seen = visible(record["attributes"], record["style"])
-                labels.append([v.index(seen[n]) if n in seen else -1 for n, v in ATTRIBUTES.items()])
-                people.append(record["person"])
-                if len(pictures) == limit:
-                    return np.stack(pictures), np.array(labels), np.array(people)
-    if not pictures:
-        raise ValueError(f"no shards (*.tar) in {folder}: make some with python -m facesnap.synthetic")
-    return np.stack(pictures), np.array(labels), np.array(people)
+def read(folder: Path, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Up to `limit` pictures (N, 128, 128, 3) of the training people, their labels (N, attributes; -1 for
+    what cannot be seen) and who they are (N,)."""
+    data = load_people(folder)
+    rows = np.random.default_rng(0).permutation(len(data))[:limit]
+    rows.sort()
+    pictures = np.stack([prepared(data.images[i]) for i in tqdm(rows, desc="reading", unit="picture")])
+    labels = []
+    for i in rows:
+        seen = visible(data.attributes[i], data.styles[i])
+        labels.append([v.index(seen[n]) if n in seen else -1 for n, v in ATTRIBUTES.items()])
+    return pictures, np.array(labels), data.person[rows]
 
 
 def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -186,7 +167,7 @@ def train(data: Path, out: Path, *, minutes: float, limit: int, seed: int = 0) -
     """Trains for `minutes`, exports to `out`, returns the accuracy on people left out of the training."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    pictures, labels, people = read_shards(data, limit)
+    pictures, labels, people = read(data, limit)
     left_out = people % 20 == 0
     x, y = torch.from_numpy(pictures[~left_out]), torch.from_numpy(labels[~left_out])
     # What a picture is asked for must not lean on how often renders have it (one in eight wears glasses):

@@ -1,0 +1,74 @@
+"""`python -m facesnap.evaluation [portraits|stock|predictor|photographs] --model DIR --out FILE`, portraits
+by default.
+
+Every run writes a JSON report (figures, settings, command, commit, model version, machine, library
+versions); beside it lie the results of the single pictures (.jsonl) and the pictures themselves (.work/). A
+run that was killed goes on from there when the same command is given again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from facesnap.evaluation import report
+
+COMMANDS = {
+    "portraits": "identity, pose and text of portraits of held-out people",
+    "stock": "the base model through diffusers' own SDXL pipeline",
+    "predictor": "predicted landmarks from detected ones, against the driver's copied",
+    "photographs": "detection in seven photographs that every installation has",
+}
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments; without a command the first of them is meant."""
+    parser = argparse.ArgumentParser(
+        prog="python -m facesnap.evaluation", description=__doc__.split("\n\n")[1]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_ in COMMANDS.items():
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("--model", required=True, help="checkpoint folder, for example assets/mini")
+        command.add_argument("--out", required=True, help="the report, a .json file")
+        command.add_argument("--seed", type=int, default=0, help="of all draws")
+        command.add_argument("--device", default="cpu", help="where the model runs")
+        command.add_argument("--sheet", help="also write a contact sheet (.jpg or .png)")
+        if name == "photographs":
+            continue
+        command.add_argument("--size", type=int, default=256, help="side of the rendered pictures, pixels")
+        if name == "predictor":
+            command.add_argument("--pairs", type=int, default=200)
+            continue
+        command.add_argument("--steps", type=int, help="of the sampler; the checkpoint's own by default")
+        command.add_argument("--guidance", type=float, help="the checkpoint's own by default")
+        if name == "stock":
+            command.add_argument("--prompts", type=int, default=50)
+        else:
+            command.add_argument("--people", type=int, default=40)
+            command.add_argument("--poses", type=int, default=3, help="portraits of each person")
+            command.add_argument("--sheet-rows", type=int, default=6)
+    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
+        words = ["portraits", *words]
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    # Imported late: each command loads the model code only when it is known to be wanted.
+    if arguments.command == "portraits":
+        from facesnap.evaluation import portraits as task
+    elif arguments.command == "stock":
+        from facesnap.evaluation import stock as task  # type: ignore[no-redef]
+    elif arguments.command == "predictor":
+        from facesnap.evaluation import pixels as task  # type: ignore[no-redef]
+    else:
+        from facesnap.evaluation import photographs as task  # type: ignore[no-redef]
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = task.run(arguments)
+    report.write(out, {**report.provenance(arguments.model), **found})
+    print(report.table(task.lines(found["results"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_data import write_shard
 from torch import nn
 
 from facesnap.training import vae as vae_module
@@ -70,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, optimiser
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_it_learns(tmp_path, optimiser):
     stage = Line()
-    Trainer(stage, config(tmp_path, steps=150, optimiser=optimiser, lr=3e-2)).train()
+    Trainer(stage, config(tmp_path, steps=100, optimiser=optimiser, lr=3e-2)).train()
     assert np.mean(stage.losses[-20:]) < 0.3 * np.mean(stage.losses[:5])
 
 
@@ -237,3 +238,23 @@ def test_the_default_vae_is_stock_with_16_channels_at_a_sixteenth():
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
         assert latents.shape == (1, 16, 4, 4) and vae.decode(latents).sample.shape == (1, 3, 64, 64)
     assert vae.config.scaling_factor == 1 and vae.config.latents_mean is None
+
+
+def test_a_decoder_that_goes_on_alone_leaves_the_latents_as_they_were(tmp_path):
+    write_shard(tmp_path / "000.tar", [1, 2, 39])  # 39 is kept for validation
+    torch.manual_seed(0)
+    vae = vae_module.make_vae((8, 8))
+    pictures = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+    decoder = vae.decoder.conv_in.weight.detach().clone()
+    stage = vae_module.VaeStage(vae, tmp_path, batch_size=2, crop=8, decoder_only=True)
+    assert set(stage.people.person[stage.rows].tolist()) == {1, 2}
+    trainer = Trainer(stage, config(tmp_path / "out", steps=3))
+    trainer.train()
+    vae_module.export(trainer, stage, tmp_path / "vae")
+    saved = vae_module.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    with torch.no_grad():
+        assert torch.equal(saved.encode(pictures).latent_dist.mean, latents)
+    assert not torch.equal(saved.decoder.conv_in.weight, decoder)
+    assert (tmp_path / "out" / "sheet.png").is_file()

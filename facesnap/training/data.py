@@ -157,7 +157,8 @@ def load_people(folder: str | Path, cache_dir: str | Path | None = None, *, held
 
 def read_shard(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {"png": …, "mask.png": …, "json": …}) for each sample, in the order of the tar."""
-    key, parts = "", {}
+    key = ""
+    parts: dict[str, bytes] = {}
     with tarfile.open(shard) as tar:
         for member in tar:
             file = tar.extractfile(member)
@@ -194,13 +195,15 @@ def _cached(shard: Path, cache: Path) -> Path:
 
 
 def _decode(shard: Path, place: Path) -> None:
-    images, masks, records = [], [], []
+    images: list[np.ndarray] = []
+    masks: list[Any] = []
+    records: list[dict[str, Any]] = []
     for key, parts in read_shard(shard):
         for kind in ("png", "mask.png", "json"):
             if kind not in parts:
                 raise ValueError(f"sample {key} of {shard.name} has no .{kind}: render the shard again")
-        image = cv2.imdecode(np.frombuffer(parts["png"], np.uint8), cv2.IMREAD_COLOR)
-        images.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+        picture: Any = cv2.imdecode(np.frombuffer(parts["png"], np.uint8), cv2.IMREAD_COLOR)
+        images.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
         masks.append(cv2.imdecode(np.frombuffer(parts["mask.png"], np.uint8), cv2.IMREAD_GRAYSCALE))
         records.append(json.loads(parts["json"]))
     if not records:

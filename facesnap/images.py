@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 # What a stranger may hand us: the formats of cameras, phones and the web, and nothing that Pillow runs as a
 # program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
@@ -58,7 +58,9 @@ def open_image(
         raise InputError("The picture's file is empty: upload it again.")
     try:
         # Pillow's own guard against bombs warns at 89 million pixels; ours stands below it and comes first.
-        with Image.open(io.BytesIO(source), formats=FORMATS) as picture:
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]  # a Pillow may be built without AVIF
+        with Image.open(io.BytesIO(source), formats=formats) as picture:
             return _finish(picture, max_pixels, max_side)
     except InputError:
         raise

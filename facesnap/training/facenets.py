@@ -664,28 +664,26 @@ def export_detector(net: Detector, path: Path) -> None:
     """Sides stay free, with names of their own, which InsightFace needs to fix them for a session."""
     outputs = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in STRIDES]
     axes = {"input": {2: "height", 3: "width"}} | {name: {1: f"n_{name}"} for name in outputs}
-    _export(_Nine(net), torch.zeros(1, 3, 256, 192), path, outputs, axes)
+    to_onnx(_Nine(net), torch.zeros(1, 3, 256, 192), path, outputs, axes)
 
 
 def export_landmarks(net: LandmarkNet, path: Path) -> None:
-    _export(_Last68(net), torch.zeros(1, 3, 192, 192), path, ["points"], {})
+    to_onnx(_Last68(net), torch.zeros(1, 3, 192, 192), path, ["points"], {})
 
 
 def export_recogniser(net: RecogniserNet, path: Path) -> None:
     """The embedding alone; the number of crops stays free. Prototypes and regression are left behind."""
     axes = {"input": {0: "crops"}, "embedding": {0: "crops"}}
-    _export(net, torch.zeros(1, 3, 112, 112), path, ["embedding"], axes)
+    to_onnx(net, torch.zeros(1, 3, 112, 112), path, ["embedding"], axes)
 
 
-def _export(net: nn.Module, example: Tensor, path: Path, outputs: list[str], axes: dict) -> None:
+def to_onnx(net: nn.Module, example: Tensor, path: Path, outputs: list[str], axes: dict) -> None:
+    """Write an ONNX file; the net is left on the CPU, in evaluation mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    device = next(net.parameters()).device
-    net.eval().to("cpu")
     torch.onnx.export(
-        net, (example,), str(path), input_names=["input"], output_names=outputs, dynamic_axes=axes,
+        net.eval().cpu(), (example,), str(path), input_names=["input"], output_names=outputs, dynamic_axes=axes,
         opset_version=17, dynamo=False,
     )  # fmt: skip
-    net.to(device)
 
 
 def main() -> None:

@@ -1,0 +1,195 @@
+"""From a picture to a Face through InsightFace itself, on a pack of toy nets that see coloured squares
+(toy_pack)."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import skimage.data
+import toy_pack
+from insightface.utils.face_align import arcface_dst
+
+from facesnap.faces import FaceAnalyser, Recogniser, align, cosine, five_points, square_crop
+from facesnap.images import InputError
+
+GREEN, BLUE = (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return toy_pack.write(tmp_path_factory.mktemp("pack"))
+
+
+@pytest.fixture(scope="module")
+def analyser(pack):
+    return FaceAnalyser(pack)
+
+
+def canvas(height=256, width=256, **spots):
+    """A dark picture with squares: name=(x, y, side, colour)."""
+    image = np.full((height, width, 3), 20, np.uint8)
+    for x, y, side, colour in spots.values():
+        image[y : y + side, x : x + side] = colour
+    return image
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+def test_face_is_where_the_detector_sees_it(analyser):
+    face = analyser.analyse(canvas(face=(120, 96, 8, GREEN)))
+    assert np.allclose(face.box, [120 - 32, 96 - 32, 120 + 32, 96 + 32], atol=0.01)
+    assert face.score > 0.9 and face.count == 1 and face.found_by == "detector" and face.size == (256, 256)
+    assert np.allclose(face.keypoints[2], [120, 96], atol=0.01)
+    assert face.keypoints.shape == (5, 2) and face.landmarks.shape == (68, 3)
+    assert face.embedding.shape == (512,) and face.crop.shape == (224, 224, 3)
+    # the toy landmark net's face spans 0.6 of the 1.5-fold box
+    assert np.abs(face.landmarks[:, :2] - [120, 96]).max() == pytest.approx(0.6 * 48, abs=1)
+
+
+def test_largest_face_wins_and_all_are_counted(analyser):
+    image = canvas(a=(40, 40, 8, GREEN), b=(176, 160, 16, BLUE), c=(40, 200, 8, GREEN))
+    face = analyser.analyse(image)
+    assert face.count == 3
+    assert np.allclose((face.box[:2] + face.box[2:]) / 2, [176, 160], atol=0.01)
+    assert face.box[2] - face.box[0] == pytest.approx(128, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (1024, 768), (640, 1024)])
+def test_coordinates_are_those_of_the_given_picture(analyser, shape):
+    factor = 1024 // 256
+    face = analyser.analyse(canvas(*shape, face=(100 // 8 * 8 * factor, 80 * factor, 8 * factor, GREEN)))
+    assert face.size == shape
+    assert np.allclose((face.box[:2] + face.box[2:]) / 2, [96 * factor, 80 * factor], atol=2)
+
+
+def test_other_sizes_are_tried(analyser):
+    """A mark of 3 pixels fills no cell until the picture is enlarged 2.5 times."""
+    face = analyser.analyse(canvas(face=(96, 128, 3, BLUE)))
+    assert face.found_by == "resized"
+    assert np.allclose((face.box[:2] + face.box[2:]) / 2, [96, 128], atol=8)
+
+
+def test_face_that_fills_the_picture_is_found_with_a_border(analyser):
+    """All green: no cell is greener than its surroundings until there is something around."""
+    face = analyser.analyse(np.full((200, 200, 3), GREEN, np.uint8))
+    assert face.found_by == "padded"
+    centre = (face.box[:2] + face.box[2:]) / 2
+    assert (centre > -40).all() and (centre < 240).all()
+
+
+def test_haar_is_the_last_resort_and_the_landmarks_give_the_points(analyser):
+    grey = skimage.data.astronaut().mean(axis=2).astype(np.uint8)  # nothing green, nothing blue
+    image = np.stack([grey] * 3, axis=2)
+    face = analyser.analyse(image)
+    assert face.found_by == "haar" and face.score == 0
+    centre = (face.box[:2] + face.box[2:]) / 2
+    assert np.linalg.norm(centre - [222, 115]) < 40  # her face
+    assert np.isfinite(face.embedding).all()
+
+
+def test_no_face_is_an_error_in_words(analyser):
+    with pytest.raises(InputError, match="No face was found"):
+        analyser.analyse(canvas())
+
+
+def test_too_small_a_face_is_an_error_with_its_size(analyser):
+    with pytest.raises(InputError, match="only 16 pixels.*at least 32"):
+        analyser.analyse(canvas(64, 64, face=(32, 32, 2, GREEN)))
+
+
+def test_not_rgb_bytes_is_the_programmers_error(analyser):
+    with pytest.raises(ValueError, match="uint8"):
+        analyser.analyse(np.zeros((64, 64, 3), np.float32))
+
+
+def test_save_then_load_gives_the_same_face(analyser, tmp_path):
+    image = canvas(face=(120, 96, 8, GREEN))
+    analyser.save_pretrained(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.onnx"))) == 3
+    assert same(FaceAnalyser.from_pretrained(tmp_path / "again").analyse(image), analyser.analyse(image))
+    analyser.save_pretrained(analyser.pack_dir)  # over itself: nothing is lost
+    assert same(FaceAnalyser(analyser.pack_dir).analyse(image), analyser.analyse(image))
+
+
+def test_threads_do_not_disturb_each_other(analyser):
+    images = [canvas(face=(40 + 16 * k, 96, 8, GREEN)) for k in range(6)]
+    images += [canvas(512, 512, face=(80 + 32 * k, 96, 16, GREEN)) for k in range(6)]
+    alone = [analyser.analyse(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(analyser.analyse, images))
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_picture_is_not_changed(analyser):
+    image = canvas(face=(120, 96, 8, GREEN))
+    before = image.copy()
+    analyser.analyse(image)
+    assert np.array_equal(image, before)
+
+
+def test_scorer_sees_what_the_pack_sees(analyser, pack):
+    image = canvas(face=(120, 96, 8, GREEN))
+    face = analyser.analyse(image)
+    assert np.allclose(
+        Recogniser(pack / "recogniser.onnx").embed(image, face.keypoints), face.embedding, atol=1e-4
+    )
+    assert cosine(face.embedding, face.embedding) == pytest.approx(1)
+    assert cosine(face.embedding, -2 * face.embedding) == pytest.approx(-1)
+
+
+def test_align_brings_the_points_home():
+    """A white dot at each of the five points, turned and scaled, comes to lie on ArcFace's template."""
+    turn = 1.7 * np.array([[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]])
+    points = (arcface_dst @ turn.T + [60, 40]).astype(np.float32)
+    image = np.zeros((300, 300, 3), np.uint8)
+    for x, y in points.round().astype(int):
+        image[y - 3 : y + 4, x - 3 : x + 4] = 255
+    crop = align(image, points)
+    assert crop.shape == (112, 112, 3)
+    assert all(crop[round(float(y)), round(float(x))].min() > 200 for x, y in arcface_dst)
+    assert five_points(np.repeat(points[:1], 68, axis=0)).shape == (5, 2)
+
+
+def test_crop_is_square_centred_and_continues_the_edge():
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[:, :100] = (10, 20, 30)
+    image[40:60, 90:110] = 255
+    crop = square_crop(image, np.array([80, 40, 120, 60], np.float32))  # 72 pixels wide, inside
+    assert (
+        (crop[112, 112] == 255).all()
+        and (crop[112, 10] == (10, 20, 30)).all()
+        and (crop[112, 213] == 0).all()
+    )
+    tall = square_crop(image, np.array([-20, -60, 80, 60], np.float32))  # mostly outside
+    assert tall.shape == (224, 224, 3) and (tall[0, 0] == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [("detector", "face detector"), ("landmarks", "3D landmark net"), ("recogniser", "recogniser")],
+)
+def test_incomplete_pack_names_what_it_lacks(tmp_path, missing, said):
+    toy_pack.write(tmp_path, leave_out=missing)
+    with pytest.raises(InputError, match=f"has no {said}"):
+        FaceAnalyser(tmp_path)
+
+
+def test_missing_or_damaged_files_are_named(tmp_path, pack):
+    with pytest.raises(InputError, match="no face pack in '.*nowhere'"):
+        FaceAnalyser(tmp_path / "nowhere")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "detector.onnx").write_bytes(b"cut short")
+    with pytest.raises(InputError, match="damaged"):
+        FaceAnalyser(tmp_path / "broken")
+    with pytest.raises(InputError, match="no recogniser at"):
+        Recogniser(tmp_path / "none.onnx")
+    with pytest.raises(InputError, match="is no recogniser"):
+        Recogniser(pack / "landmarks.onnx")
+
+
+def test_archive_that_nests_its_folder_is_understood(tmp_path):
+    toy_pack.write(tmp_path / "antelopev2" / "antelopev2")
+    assert FaceAnalyser(tmp_path / "antelopev2").analyse(canvas(face=(120, 96, 8, GREEN))).count == 1

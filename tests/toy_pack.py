@@ -1,0 +1,77 @@
+"""A face pack of toy nets in InsightFace's form, which see what a test paints: green squares are faces.
+
+A cell of 8 × 8 pixels that is greener than its surroundings is a face of 64 × 64 pixels about the cell's
+corner, a blue one a face of 128 × 128; the landmark net answers a mean face wherever it looks."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from insightface.data import get_object
+from torch import nn
+from torch.nn import functional as F
+
+from facesnap.training.facenets import export_recogniser, to_onnx
+
+SMALL, LARGE = 64, 128  # pixels of the detector's input
+
+
+class ToyDetector(nn.Module):
+    def forward(self, picture):
+        red, green, blue = picture.split(1, dim=1)
+        outputs = []
+        for stride in (8, 16, 32):
+            if stride == 32:
+                signal = -F.avg_pool2d(picture[:, :1].abs(), 32)
+            else:
+                colour = (
+                    (green - torch.maximum(red, blue)) if stride == 8 else (blue - torch.maximum(red, green))
+                )
+                cell = F.avg_pool2d(colour, 8)
+                signal = cell - F.avg_pool2d(cell, 9, 1, 4, count_include_pad=False)
+                signal = signal if stride == 8 else F.max_pool2d(signal, 2)
+            # The second anchor of each cell never fires.
+            both = torch.cat([signal - 0.6, torch.full_like(signal, -9.0)], dim=1)
+            outputs.append((both * 20).sigmoid().permute(0, 2, 3, 1).reshape(1, -1, 1))
+        boxes = [torch.full((1, 1, 4), side / 2 / s) for side, s in ((SMALL, 8), (LARGE, 16), (LARGE, 32))]
+        five = torch.tensor([[-1.0, -1, 1, -1, 0, 0, -1, 1, 1, 1]]) / 4
+        points = [five * 2 * box[0, 0, 0] for box in boxes]
+        zeros = [score * 0 for score in outputs]
+        return (
+            *outputs,
+            *(box + zero for box, zero in zip(boxes, zeros, strict=True)),
+            *(point[None] + zero for point, zero in zip(points, zeros, strict=True)),
+        )
+
+
+class ToyLandmarks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        mean = torch.from_numpy(np.asarray(get_object("meanshape_68.pkl"), np.float32))
+        self.register_buffer("mean", (mean / mean[:, :2].abs().max() * 0.6).reshape(1, -1))
+
+    def forward(self, crop):
+        return F.pad(self.mean, (3309 - 204, 0)) + 0 * crop.mean()
+
+
+class ToyRecogniser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.register_buffer("weight", torch.randn(512, 3 * 14 * 14, generator=generator))
+
+    def forward(self, crops):
+        return F.linear(F.avg_pool2d(crops, 8).flatten(1), self.weight)
+
+
+def write(folder: Path, leave_out: str = "") -> Path:
+    """Export detector.onnx, landmarks.onnx and recogniser.onnx to `folder`, but for one."""
+    names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in (8, 16, 32)]
+    if leave_out != "detector":
+        axes = {"input": {2: "height", 3: "width"}} | {name: {1: f"n_{name}"} for name in names}
+        to_onnx(ToyDetector(), torch.zeros(1, 3, 64, 64), folder / "detector.onnx", names, axes)
+    if leave_out != "landmarks":
+        to_onnx(ToyLandmarks(), torch.zeros(1, 3, 192, 192), folder / "landmarks.onnx", ["points"], {})
+    if leave_out != "recogniser":
+        export_recogniser(ToyRecogniser(), folder / "recogniser.onnx")
+    return folder

@@ -1,10 +1,10 @@
-"""The Landmark Predictor: the shape of one head, the pose and expression of another → the 72 landmarks to draw.
+"""The Landmark Predictor: the shape of one head, pose and expression of another → the 72 landmarks to draw.
 
     L = s_d · Π · R_d · (M + B_id α_src + B_exp δ_drv) + t_d
 
-Shape α comes from the reference; pose R, scale s, place t and expression δ from the driver: a picture, or numbers.
-Only the model's reconstruction of the driver is used. What the fit could not explain of the driver's landmarks is
-mostly the driver's own face, so it is not added back.
+Shape α comes from the reference; pose R, scale s, place t and expression δ from the driver: a picture, or
+numbers. Only the model's reconstruction of the driver is used. What the fit could not explain of the driver's
+landmarks is mostly the driver's own face, so it is not added back.
 """
 
 import difflib
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from facesnap import landmarks
 from facesnap.heads import Head, LinearHeadModel, rotation_from_euler
 from facesnap.images import InputError
 
@@ -33,11 +32,13 @@ class LandmarkPredictor:
         several = faces if isinstance(faces, Sequence) else [faces]
         return self.model.fit([face.landmarks for face in several], [face.size for face in several])
 
-    def predict(self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0) -> np.ndarray:
-        """The landmarks (72, 2), float32, of `shape`'s face held as `driver`, in a picture of size (height, width).
+    def predict(
+        self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0
+    ) -> np.ndarray:
+        """The landmarks (72, 2), float32, of `shape`'s face held as `driver` is, in a new picture.
 
-        The driver's picture is fitted whole into the new one and centred, never stretched. strength multiplies
-        the driver's expression.
+        The driver's picture is fitted whole into the new one, of size (height, width), and centred; it is
+        never stretched. strength multiplies the driver's expression.
         """
         head = replace(driver, identity=shape.identity, expression=strength * driver.expression)
         return letterbox(self.model.project(head), driver.size, size)
@@ -48,10 +49,10 @@ class LandmarkPredictor:
         yaw: float = 0.0,
         pitch: float = 0.0,
         roll: float = 0.0,
-        head_size: float = 0.45,
+        head_size: float = 0.37,
         expression: Mapping[str, float] | np.ndarray | None = None,
         strength: float = 1.0,
-        centre: tuple[float, float] = (0.5, 0.55),
+        centre: tuple[float, float] = (0.5, 0.58),
         size: tuple[int, int] = (1024, 1024),
     ) -> Head:
         """A driver from numbers, with the mean identity, in a picture of size (height, width).
@@ -66,9 +67,9 @@ class LandmarkPredictor:
         """
         height, width = size
         mean = self.model.mean
-        scale = head_size * min(size) / float(np.ptp(mean[:, 1]))
+        scale = head_size * min(size) / self.model.face_height
         rotation = rotation_from_euler(yaw, pitch, roll)
-        # The middle between brows and chin, temples, nose tip and ears: there a head turns without leaving its place.
+        # Between brows and chin, temple and temple, nose tip and ears: about it a head turns in its place.
         middle = rotation @ (mean.min(axis=0) + mean.max(axis=0)) / 2
         return Head(
             identity=np.zeros(self.model.num_identity, dtype=np.float32),
@@ -87,7 +88,11 @@ class LandmarkPredictor:
             for name, weight in expression.items():
                 if name not in names:
                     nearest = difflib.get_close_matches(name, names, n=1)
-                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(names) or 'none'}."
+                    hint = (
+                        f"did you mean {nearest[0]!r}?"
+                        if nearest
+                        else f"it knows {', '.join(names) or 'none'}."
+                    )
                     raise InputError(f"The head model has no expression {name!r}; {hint}")
                 coefficients[names.index(name)] = weight
         elif expression is not None:

@@ -204,6 +204,11 @@ class LinearHeadModel:
         """Between the outer eye corners of the mean head, in model units."""
         return float(landmarks.eye_distance(self.mean))
 
+    @cached_property
+    def face_height(self) -> float:
+        """From brows to chin of the mean head, in model units."""
+        return float(np.ptp(self.mean[:, 1]))
+
     def points(self, identity: np.ndarray, expression: np.ndarray) -> np.ndarray:
         """Coefficients (I,), (E,) → the 72 points (72, 3) in the model's frame."""
         return (
@@ -227,7 +232,7 @@ class LinearHeadModel:
         *,
         noise: float = 0.025,
         expression_noise: float = 1.5,
-        iterations: int = 6,
+        iterations: int = 5,
     ) -> list[Head]:
         """Landmarks of one or several pictures of ONE person → a Head for each, all of the same identity.
 

@@ -25,7 +25,6 @@ from page.studio import (
     NO_REFERENCE,
     OWN_POSE,
     PHOTO_POSE,
-    POSES,
     Order,
     Step,
     Studio,
@@ -209,24 +208,25 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
 
     def show_portrait(
         reference: str | None,
-        pose: str,
-        pose_photo: str | None,
         prompt: str,
+        consent: bool,
+        pose: str,
         negative: str,
         steps: int,
         guidance: float,
         identity: float,
         landmark: float,
         seed: int | None,
+        pose_photo: str | None,
         new_seed: bool,
-        consent: bool,
     ) -> Iterator[dict[Any, Any]]:
         number = -1 if new_seed or seed is None else seed
-        settings = (negative, steps, guidance, identity, landmark, number, consent)
+        strengths = (guidance, identity, landmark)
+        order = Order(reference, prompt, consent, pose, negative, steps, *strengths, number, pose_photo)
         started = time.perf_counter()
         yield {**say(views.working(Step(0, steps), started)), **busy(True)}
         try:
-            for event in studio.make(Order(reference, prompt, pose, pose_photo, *settings)):
+            for event in studio.make(order):
                 if isinstance(event, Step):
                     yield say(views.working(event, started))
                 else:
@@ -256,7 +256,7 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
     running = gr.on(
         [go.click, prompt.submit],
         show_portrait,
-        [reference, pose, pose_photo, prompt, negative, *strengths, seed_box, new_seed, consent],
+        [reference, prompt, consent, pose, negative, *strengths, seed_box, pose_photo, new_seed],
         [status, stage, portrait, summary, seed_box, go, stop],
         validator=validate,
         concurrency_id="portrait",
@@ -285,13 +285,13 @@ def add_endpoints(studio: Studio) -> None:
     """/preview and /generate, on components that are never shown: the page can change and they do not."""
 
     def preview(
-        reference: str | None, pose: str, pose_photo: str | None
+        reference: str | None, pose: str, pose_photo: str | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The 72 landmarks that a portrait would follow. Takes a fraction of a second.
 
         Parameters:
             reference: A photo of the person: JPEG, PNG or WebP, at most 10 MB and 25 megapixels.
-            pose: "as in the photo", the name of one of the ten pose templates, or "another photo".
+            pose: "as in the photo", "another photo", or a template's name: "front", "quarter-left" and so on.
             pose_photo: A photo of anybody in the wanted pose; used where pose is "another photo".
         Returns:
             picture: The landmarks as the model sees them.
@@ -313,36 +313,36 @@ def add_endpoints(studio: Studio) -> None:
     def generate(
         reference: str | None,
         prompt: str,
+        consent: bool,
         pose: str,
-        pose_photo: str | None,
         negative_prompt: str,
         steps: int,
         guidance: float,
         identity_strength: float,
         landmark_strength: float,
         seed: int,
-        consent: bool,
+        pose_photo: str | None = None,
     ) -> Iterator[tuple[str | None, dict[str, Any]]]:
         """A portrait of the person in the photo. Answers once a step; the last answer is the portrait.
 
         Parameters:
             reference: A photo of the person: JPEG, PNG or WebP, at most 10 MB and 25 megapixels.
             prompt: What the portrait shows: clothes, place, light, style, glasses or a hat.
-            pose: "as in the photo", the name of one of the ten pose templates, or "another photo".
-            pose_photo: A photo of anybody in the wanted pose; used where pose is "another photo".
-            negative_prompt: What should not be in the portrait.
-            steps: Denoising steps.
-            guidance: How strictly the prompt is followed (classifier-free guidance).
-            identity_strength: How strongly the face is that of the photo; 1 as trained.
-            landmark_strength: How strongly the landmarks are followed; 1 as trained.
-            seed: The same seed and inputs give the same portrait; -1 takes a new one.
             consent: Must be true: the people in the photos are you, or they agreed to this.
+            pose: "as in the photo", "another photo", or a template's name: "front", "quarter-left" and so on.
+            negative_prompt: What should not be in the portrait.
+            steps: Denoising steps, 1 to 50.
+            guidance: How strictly the prompt is followed (classifier-free guidance), 1 to 10.
+            identity_strength: How strongly the face is that of the photo, 0 to 2; 1 as trained.
+            landmark_strength: How strongly the landmarks are followed, 0 to 2; 1 as trained.
+            seed: The same seed and inputs give the same portrait; -1 takes a new one.
+            pose_photo: A photo of anybody in the wanted pose; used where pose is "another photo".
         Returns:
             picture: The portrait, a PNG file that says how it was made.
             report: Seed, identity score, landmarks, settings and seconds; before that, {"step": k, "of": n}.
         """
         strengths = (guidance, identity_strength, landmark_strength)
-        order = Order(reference, prompt, pose, pose_photo, negative_prompt, steps, *strengths, seed, consent)
+        order = Order(reference, prompt, consent, pose, negative_prompt, steps, *strengths, seed, pose_photo)
         try:
             for event in studio.make(order):
                 if isinstance(event, Step):
@@ -355,12 +355,13 @@ def add_endpoints(studio: Studio) -> None:
     settings = studio.pipeline.settings
     with gr.Row(visible=False):
         reference, pose_photo = photo_input(label="reference"), photo_input(label="pose_photo")
-        pose = gr.Dropdown(list(POSES), value=OWN_POSE, label="pose")
+        # Plain boxes without bounds: what is out of range is refused by `Order.check`, in a sentence.
+        pose = gr.Textbox(OWN_POSE, label="pose")
         prompt, negative = gr.Textbox("", label="prompt"), gr.Textbox("", label="negative_prompt")
-        steps = gr.Slider(*LIMITS["steps"], value=settings.steps, step=1, label="steps")
-        guidance = gr.Slider(*LIMITS["guidance"], value=settings.guidance, label="guidance")
-        identity = gr.Slider(*LIMITS["identity_strength"], value=1, label="identity_strength")
-        landmark = gr.Slider(*LIMITS["landmark_strength"], value=1, label="landmark_strength")
+        steps = gr.Number(settings.steps, precision=0, label="steps")
+        guidance = gr.Number(settings.guidance, label="guidance")
+        identity = gr.Number(1, label="identity_strength")
+        landmark = gr.Number(1, label="landmark_strength")
         seed = gr.Number(-1, precision=0, label="seed")
         consent = gr.Checkbox(False, label="consent")
         picture, report = gr.Image(type="filepath", format="png", label="picture"), gr.JSON(label="report")
@@ -375,7 +376,7 @@ def add_endpoints(studio: Studio) -> None:
     )
     trigger.click(
         generate,
-        [reference, prompt, pose, pose_photo, negative, *strengths, seed, consent],
+        [reference, prompt, consent, pose, negative, *strengths, seed, pose_photo],
         [picture, report],
         api_name="generate",
         concurrency_id="portrait",
@@ -383,13 +384,14 @@ def add_endpoints(studio: Studio) -> None:
     )
 
 
-def validate(reference: str | None, *rest: Any) -> list[dict[str, Any]]:
+def validate(reference: str | None, prompt: str, consent: bool, *others: Any) -> list[dict[str, Any]]:
     """Before the queue: a missing photo or consent is said at its field. `Order.check` says it once more."""
-    *others, consent = rest
+    fine = gr.validate(True, "")
     return [
         gr.validate(reference is not None, NO_REFERENCE),
-        *(gr.validate(True, "") for _ in others),
-        gr.validate(bool(consent), NO_CONSENT),
+        fine,
+        gr.validate(consent, NO_CONSENT),
+        *(fine for _ in others),
     ]
 
 

@@ -53,15 +53,15 @@ class Order:
 
     reference: str | None
     prompt: str
+    consent: bool
     pose: str
-    pose_photo: str | None
     negative_prompt: str
     steps: int
     guidance: float
     identity_strength: float
     landmark_strength: float
     seed: int
-    consent: bool
+    pose_photo: str | None
 
     def check(self) -> None:
         """Raises InputError. Runs with every portrait, as a browser's own checks can be walked around."""

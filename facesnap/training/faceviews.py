@@ -377,7 +377,7 @@ def landmark_view(faces: FaceSet, index: int, backgrounds: Backgrounds, rng: Rng
     return photograph(np.ascontiguousarray(picture), rng), points.astype(np.float32)
 
 
-def aligned_view(faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.035) -> np.ndarray:
+def aligned_view(faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.06) -> np.ndarray:
     """InsightFace's 112 × 112 crop, from key points as wrong as a detector's (`jitter` of the eye
     distance)."""
     points = faces.keypoints[index]

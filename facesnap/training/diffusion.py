@@ -1,0 +1,280 @@
+"""The two stages that learn to make portraits.
+
+`joint` learns the whole mini from nothing: base UNet, text encoders, mixer and FFRNet together, with FFRNet switched off
+for a share of the samples so that the base stands on its own. `facesnap` is the paper's training: the base is frozen,
+only mixer and FFRNet learn, by the masked loss (equation 3).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from facesnap.ffrnet import FFRNet
+from facesnap.landmarks import draw
+from facesnap.mixer import FacialAttributeMixer
+
+from .data import People
+from .features import Features, head_masks
+from .losses import (
+    add_noise,
+    diffusion_target,
+    drop_mask,
+    masked_diffusion_loss,
+    min_snr_weight,
+    stratified_timesteps,
+)
+from .text import encode_text, token_ids
+from .trainer import Batch, Stage
+
+WIDTHS = (96, 128, 144)
+CONTROL_WIDTHS = (4, 8, 24, 64, 96)  # of the control picture's embedding: thin where the picture is large
+PREDICTION = "v_prediction"
+
+
+def make_unet(latent_channels: int, grid: int, token_dim: int, pooled_dim: int) -> UNet2DConditionModel:
+    """SDXL's architecture at about 1/290 of its size: no attention at the first level, as there."""
+    return UNet2DConditionModel(
+        sample_size=grid,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=tuple(width // 32 for width in WIDTHS),
+        cross_attention_dim=token_dim,
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=pooled_dim + 6 * 32,
+    )
+
+
+def make_mixer(clip_dim: int, token_dim: int, pooled_dim: int) -> FacialAttributeMixer:
+    return FacialAttributeMixer(
+        id_dim=512, clip_dim=clip_dim, width=160, num_id_tokens=8, num_tokens=16, depth=2, heads=5,
+        token_dim=token_dim, pooled_dim=pooled_dim,
+    )  # fmt: skip
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    """SDXL's noise, v-prediction, and the paper's sampler (DPM++ SDE) in its one-call-a-step form."""
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=PREDICTION,
+        algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """Everything of the pipeline that a diffusion stage touches."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    mixer: FacialAttributeMixer
+    ffrnet: FFRNet
+
+    def base(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
+    def ours(self) -> dict[str, nn.Module]:
+        return {"mixer": self.mixer, "ffrnet": self.ffrnet}
+
+
+class DiffusionStage(Stage):
+    """Batches of (latents, noise, text, references, drawing) for both stages.
+
+    latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        people: People,
+        features: Features,
+        latents: np.ndarray,
+        clip: np.ndarray,
+        *,
+        joint: bool,
+        batch_size: int = 64,
+        without_ffrnet: float = 0.15,
+        text_drop: float = 0.1,
+        background: float = 0.5,
+        control_size: int = 256,
+    ) -> None:
+        self.parts, self.joint, self.batch_size = parts, joint, batch_size
+        self.people, self.features = people, features
+        self.latents, self.clip = latents, clip
+        self.without_ffrnet = without_ffrnet if joint else 0.0
+        self.text_drop, self.background = text_drop, background if joint else 0.0
+        self.control_size = control_size
+        self.masks = head_masks(people, latents.shape[-1])
+        self.prompt_ids = token_ids(parts.tokenizer, people.prompts)
+        self.rich_ids = token_ids(parts.tokenizer, people.rich)
+        self.alphas = make_scheduler().alphas_cumprod.float()
+        usable = features.found & np.array([style == "photo" for style in people.styles])
+        # who can be shown: a target needs another picture of the same person, a photo with a face, as its reference
+        self.references: dict[int, np.ndarray] = {}
+        for rows in people.by_person().values():
+            photos = rows[usable[rows]]
+            for row in rows:
+                others = photos[photos != row]
+                if len(others):
+                    self.references[int(row)] = others
+        self.rows = np.array(sorted(self.references))
+        for module in parts.base().values():
+            module.requires_grad_(joint)
+        # few channels at many pixels: twice as fast this way on a CPU
+        parts.ffrnet.controlnet_cond_embedding.to(memory_format=torch.channels_last)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return self.parts.ours() | (self.parts.base() if self.joint else {})
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        rows = rng.choice(self.rows, self.batch_size)
+        most = int(rng.choice([1, 2, 3, 4], p=[0.6, 0.2, 0.1, 0.1]))
+        chosen = np.zeros((len(rows), most), int)
+        mask = np.zeros((len(rows), most), bool)
+        for i, row in enumerate(rows):
+            others = self.references[int(row)]
+            take = rng.permutation(others)[:most]
+            chosen[i, : len(take)], mask[i, : len(take)] = take, True
+        size = self.control_size
+        scale = size / self.people.size[0]
+        control = np.empty((len(rows), size, size, 3), np.uint8)
+        for i, row in enumerate(rows):
+            # half of the drawings are what the predictor gives at use, half are exact
+            fitted = self.features.found[row] and rng.random() < 0.5
+            points = (self.features.fitted if fitted else self.people.landmarks)[row]
+            control[i] = draw(points * scale, (size, size))
+        rich = self.joint & (rng.random(len(rows)) < self.without_ffrnet)
+        ids = torch.where(torch.from_numpy(rich & (rng.random(len(rows)) < 0.7))[:, None],
+                          self.rich_ids[rows], self.prompt_ids[rows])  # fmt: skip
+        return {
+            "latents": torch.from_numpy(self.latents[rows]).float(),
+            "mask": torch.from_numpy(self.masks[rows]).float(),
+            "ids": ids,
+            "embeddings": torch.from_numpy(self.features.embeddings[chosen]),
+            "clip": torch.from_numpy(self.clip[chosen]),
+            "reference_mask": torch.from_numpy(mask),
+            "control": torch.from_numpy(control).permute(0, 3, 1, 2),
+            "ffrnet": torch.from_numpy(~rich),
+        }
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Text (B, n, d) and pooled text, face tokens (B, m, d) and pooled face."""
+        encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
+        with torch.set_grad_enabled(self.joint):
+            text, pooled = encode_text(encoders, batch["ids"])
+        mixed = self.parts.mixer(batch["embeddings"], batch["clip"].float(), batch["reference_mask"])
+        return text, pooled, mixed.tokens, mixed.pooled
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face) -> Tensor:
+        side = float(self.people.size[0])
+        time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
+        control = batch["control"].float().div(255).contiguous(memory_format=torch.channels_last)
+        down, mid = self.parts.ffrnet(
+            noisy, timesteps, tokens, control,
+            added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
+        )  # fmt: skip
+        if self.without_ffrnet:
+            on = batch["ffrnet"].to(mid.dtype)[:, None, None, None]
+            down, mid = [d * on for d in down], mid * on
+        return self.parts.unet(
+            noisy, timesteps, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+            down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False,
+        )[0]  # fmt: skip
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = batch["latents"]
+        count = len(latents)
+        text, pooled, tokens, pooled_face = self.conditions(batch)
+        # the pipeline gives zeros for an empty negative prompt (force_zeros_for_empty_prompt)
+        keep = ~drop_mask(count, self.text_drop, generator).to(latents.device)
+        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        timesteps = stratified_timesteps(count, len(self.alphas), generator).to(latents.device)
+        alphas = self.alphas.to(latents.device)[timesteps]
+        prediction = self.predict(add_noise(latents, noise, alphas), timesteps, batch, text, pooled, tokens, pooled_face)
+        target = diffusion_target(PREDICTION, latents, noise, alphas)
+        loss = masked_diffusion_loss(
+            prediction, target, batch["mask"], weight=min_snr_weight(PREDICTION, alphas), background=self.background
+        )
+        with torch.no_grad():  # error of the latents themselves, by noise level: comparable between runs
+            error = (prediction.float() - target).square().mean((1, 2, 3)) * (1 - alphas)
+            logs = {
+                f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
+            }
+        return loss, logs
+
+    @torch.no_grad()
+    def sample(self, rows: np.ndarray, *, seed: int = 0, steps: int = 8, guidance: float = 2.0) -> Tensor:
+        """Latents (n, C, h, w) for some rows: first reference of each, its own prompt and exact landmarks."""
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(steps)
+        generator = torch.Generator().manual_seed(seed)
+        size = self.control_size
+        scale = size / self.people.size[0]
+        references = np.array([[self.references[int(row)][0]] for row in rows])
+        batch = {
+            "ids": self.prompt_ids[rows],
+            "embeddings": torch.from_numpy(self.features.embeddings[references]),
+            "clip": torch.from_numpy(self.clip[references]),
+            "reference_mask": torch.ones(len(rows), 1, dtype=torch.bool),
+            "control": torch.from_numpy(
+                np.stack([draw(self.people.landmarks[row] * scale, (size, size)) for row in rows])
+            ).permute(0, 3, 1, 2),
+            "ffrnet": torch.ones(len(rows), dtype=torch.bool),
+        }
+        device = next(self.parts.unet.parameters()).device
+        batch = {key: value.to(device) for key, value in batch.items()}
+        text, pooled, tokens, pooled_face = self.conditions(batch)
+        both = {key: torch.cat([value, value]) for key, value in batch.items()}
+        conditions = (
+            torch.cat([text * 0, text]), torch.cat([pooled * 0, pooled]),
+            torch.cat([tokens, tokens]), torch.cat([pooled_face, pooled_face]),
+        )  # fmt: skip
+        latents = torch.randn(len(rows), *self.latents.shape[1:], generator=generator).to(device)
+        latents = latents * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            noisy = scheduler.scale_model_input(latents, t)
+            timesteps = t.expand(2 * len(rows)).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                plain, told = self.predict(torch.cat([noisy, noisy]), timesteps, both, *conditions).float().chunk(2)
+            prediction = plain + guidance * (told - plain)
+            latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
+        return latents
+
+
+class SheetStage(DiffusionStage):
+    """A diffusion stage that draws: reference | drawing | generated | true picture, for a few rows."""
+
+    def __init__(self, *args, vae, sheet_rows: int = 8, **options) -> None:
+        super().__init__(*args, **options)
+        self.vae, self.sheet_rows = vae, sheet_rows
+
+    @torch.no_grad()
+    def sample_sheet(self, path: Path) -> dict[str, float]:
+        people = np.unique(self.people.person[self.rows])
+        chosen = people[np.linspace(0, len(people) - 1, self.sheet_rows).astype(int)]
+        rows = np.array([self.rows[self.people.person[self.rows] == person][0] for person in chosen])
+        latents = self.sample(rows)
+        decoded = self.vae.to(latents.device).decode(latents).sample.float().clamp(-1, 1)
+        images = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        columns = []
+        for row, image in zip(rows, images, strict=True):
+            reference = self.people.images[int(self.references[int(row)][0])]
+            drawing = draw(self.people.landmarks[row], self.people.size)
+            columns.append(np.vstack([reference, drawing, image, self.people.images[int(row)]]))
+        cv2.imwrite(str(path), cv2.cvtColor(np.hstack(columns), cv2.COLOR_RGB2BGR))
+        return {}

@@ -1,0 +1,136 @@
+"""What the diffusion stages read of every picture, computed once: latents, and the face as `faces.py` finds it.
+
+The face's features come through the path a visitor's photo takes (detector, points, InsightFace's crop, ONNX), never
+from exact landmarks, so training meets the same errors as use. Pictures in which no face is found serve as targets only.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from facesnap.faces import FaceAnalyser
+from facesnap.heads import LinearHeadModel
+from facesnap.images import InputError
+from facesnap.predictor import LandmarkPredictor
+from facesnap.synthetic.people import Picture, sample_person, sample_picture
+
+from .data import HAIR, SKIN, People, load_people
+from .vae import to_tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Aligned with the rows of `People`."""
+
+    found: np.ndarray  # (N,) bool: the analyser found a face
+    embeddings: np.ndarray  # (N, 512) float32, recogniser A, raw
+    crops: np.ndarray  # (N, 224, 224, 3) uint8
+    fitted: np.ndarray  # (N, 72, 2) float32 pixels: the head model fitted to the landmarks that were found
+    points68: np.ndarray  # (N, 68, 3) float32 pixels, as found
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **self.__dict__)
+
+    @classmethod
+    def load(cls, path: Path) -> "Features":
+        with np.load(path) as file:
+            return cls(**{name: file[name] for name in cls.__dataclass_fields__})
+
+
+def _analyse(job: tuple[Path, Path, Path, np.ndarray]) -> list[tuple[int, Any]]:
+    data, pack, head, rows = job
+    cv2.setNumThreads(1)
+    people = load_people(data, held_out=True)
+    analyser = FaceAnalyser(pack)
+    predictor = LandmarkPredictor(LinearHeadModel.from_pretrained(head))
+    out: list[tuple[int, Any]] = []
+    for row in rows:
+        try:
+            face = analyser.analyse(people.images[int(row)])
+        except InputError:
+            out.append((int(row), None))
+            continue
+        fit = predictor.reconstruct(face)[0]
+        points = predictor.predict(fit, fit, people.size)
+        out.append((int(row), (face.embedding, face.crop, points, face.landmarks)))
+    return out
+
+
+def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: int = 1) -> Features:
+    """Run every one of `count` pictures of the shards in `data` through the face pack and the head model."""
+    out = Features(
+        np.zeros(count, bool), np.zeros((count, 512), np.float32), np.zeros((count, 224, 224, 3), np.uint8),
+        np.zeros((count, 72, 2), np.float32), np.zeros((count, 68, 3), np.float32),
+    )  # fmt: skip
+    jobs = [(data, pack, head, rows) for rows in np.array_split(np.arange(count), max(1, count // 250))]
+
+    def results() -> Iterator[list]:
+        if workers == 1:
+            yield from map(_analyse, jobs)
+        else:
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                yield from pool.imap_unordered(_analyse, jobs)
+
+    for part in tqdm(results(), total=len(jobs), unit="part"):
+        for row, told in part:
+            if told is not None:
+                out.found[row] = True
+                out.embeddings[row], out.crops[row], out.fitted[row], out.points68[row] = told
+    return out
+
+
+@torch.no_grad()
+def latents_of(vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16) -> np.ndarray:
+    """Means of the latents (N, C, h, w), float16."""
+    vae = vae.to(device)  # type: ignore[arg-type]
+    out = []
+    for start in tqdm(range(0, len(people), batch_size), unit="batch"):
+        pixels = to_tensor(people.images[start : start + batch_size]).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            out.append(vae.encode(pixels).latent_dist.mean.float().cpu().numpy().astype(np.float16))
+    return np.concatenate(out)
+
+
+def head_masks(people: People, grid: int) -> np.ndarray:
+    """Share of each latent cell that is face or hair (N, 1, grid, grid), float16: the M of equation 3."""
+    out = np.empty((len(people), 1, grid, grid), np.float16)
+    for row in range(len(people)):
+        labels = people.masks[row]
+        head = ((labels == SKIN) | (labels == HAIR)).astype(np.float32)
+        out[row, 0] = cv2.resize(head, (grid, grid), interpolation=cv2.INTER_AREA)
+    return out
+
+
+def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50_000) -> LinearHeadModel:
+    """The mini's own linear head: principal components of the 72 landmarks of rendered heads.
+
+    Expression offsets are taken over many people, so that the basis is what smiles have in common.
+    """
+    from facesnap.synthetic.head import landmarks
+    from facesnap.synthetic.people import EXPRESSION
+    from facesnap.synthetic.render import CAMERA
+
+    neutral, offsets = [], []
+    rng = np.random.default_rng(0)
+    for seed in range(first, first + people):
+        person = sample_person(seed)
+        p = person.parameters.copy()
+        p["eyelids"] = 1.0
+        rest = landmarks(p[()])
+        neutral.append(rest)
+        picture: Picture = sample_picture(person, int(rng.integers(100)))
+        for name in EXPRESSION:
+            p[name] = picture.parameters[name]
+        offsets.append(landmarks(p[()]) - rest)
+    return LinearHeadModel.from_samples(
+        np.stack(neutral), np.stack(offsets), num_identity=identities, num_expression=8, distance=CAMERA, name="rendered people"
+    )

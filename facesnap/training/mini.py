@@ -1,0 +1,294 @@
+"""The mini's recipe: a whole FaceSnap from nothing, stage by stage, on rendered people.
+
+    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, about half a day on 2 cores
+    python -m facesnap.training.mini --stage joint --work DIR --minutes 60         # one stage; what is done is kept
+    python -m facesnap.training.mini --all --work DIR --minutes 50 --device cuda   # the budget shared out over the stages
+
+| stage        | learns                                                          | needs                  |
+|--------------|-----------------------------------------------------------------|------------------------|
+| people       | nothing: renders the shards                                     |                        |
+| faces        | detector, landmark net, recognisers A, B and C (facenets.py)    | people                 |
+| vae          | the VAE (vae.py)                                                | people                 |
+| face_encoder | face encoder and the second text encoder (face_encoder.py)      | people                 |
+| features     | nothing: head model, latents, faces as `faces.py` finds them    | faces, vae, face_encoder |
+| joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
+| facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
+| assemble     | nothing: writes the checkpoint folder                           | facesnap               |
+
+Every stage resumes from its last checkpoint in `--work`.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
+
+from facesnap.ffrnet import FFRNet
+from facesnap.heads import LinearHeadModel
+from facesnap.mixer import FacialAttributeMixer
+
+from . import face_encoder as clip
+from . import features as feats
+from .data import load_people
+from .diffusion import CONTROL_WIDTHS, Parts, SheetStage, make_mixer, make_scheduler, make_unet
+from .text import make_text_encoders, train_tokenizer
+from .trainer import Trainer, TrainerConfig
+
+SIZE, FACTOR = 256, 16
+TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
+NETS = ("A", "landmarks", "detector", "C", "B")
+# the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
+SHARES = {"faces": 0.16, "vae": 0.20, "face_encoder": 0.06, "joint": 0.43, "facesnap": 0.15}
+MINUTES = {"faces": 60.0, "vae": 120.0, "face_encoder": 20.0, "joint": 420.0, "facesnap": 90.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps what, and its options."""
+
+    work: Path
+    out: Path
+    data: Path
+    device: str
+    threads: int
+    people: int
+    per_person: int
+    workers: int
+
+    def minutes(self, stage: str, budget: float | None, one: bool) -> float:
+        if budget is None:
+            return MINUTES[stage]
+        return budget if one else budget * SHARES[stage]
+
+
+def people(run: Run, minutes: float) -> None:
+    _module(
+        "facesnap.synthetic", out=run.data, people=run.people, per_person=run.per_person, size=SIZE, workers=run.workers
+    )
+
+
+def faces(run: Run, minutes: float) -> None:
+    for net in NETS:
+        _module(
+            "facesnap.training.facenets", net=net, data=run.data, out=run.work / "faces",
+            minutes=minutes / len(NETS), threads=run.threads, device=run.device,
+        )  # fmt: skip
+
+
+def vae(run: Run, minutes: float) -> None:
+    _module(
+        "facesnap.training.vae", data=run.data, out=run.work / "vae_run", export=run.work / "vae",
+        minutes=minutes, threads=run.threads, device=run.device,
+    )  # fmt: skip
+
+
+def face_encoder(run: Run, minutes: float) -> None:
+    torch.manual_seed(0)
+    known = load_people(run.data)
+    tokenizer = train_tokenizer(known.prompts[:TOKENIZER_WORDS] + known.rich[:TOKENIZER_WORDS])
+    _, text = make_text_encoders(tokenizer)
+    encoder = clip.make_face_encoder()
+    stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, clip.crops_of(known))
+    trainer = Trainer(
+        stage,
+        TrainerConfig(
+            run.work / "face_encoder_run", minutes=minutes, optimiser="muon", lr=2e-3, betas=(0.9, 0.98),
+            weight_decay=0.05, device=run.device, ema=0.99, warmup=20, log_every=10,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    with trainer.averaged():
+        clip.save_face_encoder(encoder.cpu(), run.work / "face_encoder")
+        text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
+    tokenizer.save_pretrained(run.work / "tokenizer")
+    rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
+    model = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
+    found = clip.probes(clip.features_of(model, clip.crops_of(known, rows)), known, rows)
+    (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found))
+
+
+def features(run: Run, minutes: float) -> None:
+    """Everything the diffusion stages read, under `work/features`."""
+    place = run.work / "features"
+    place.mkdir(parents=True, exist_ok=True)
+    known = load_people(run.data)
+    if not (run.work / "head").is_dir():
+        feats.make_head_model().save_pretrained(run.work / "head")
+    if not (place / "latents.npy").exists():
+        model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
+        _save(place / "latents.npy", feats.latents_of(model, known, device=run.device))
+    if not (place / "faces.npz").exists():
+        found = feats.analyse_people(
+            run.data, run.work / "face_pack", run.work / "head", len(known), workers=run.workers
+        )
+        found.save(place / "faces.npz")
+    if not (place / "clip.npy").exists():
+        crops = feats.Features.load(place / "faces.npz").crops
+        encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder").eval()
+        _save(place / "clip.npy", clip.features_of(encoder, crops).half().numpy())
+
+
+def joint(run: Run, minutes: float) -> None:
+    torch.manual_seed(1)
+    tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
+    text, _ = make_text_encoders(tokenizer)
+    text_2 = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip")
+    token_dim = text.config.hidden_size + text_2.config.hidden_size
+    pooled_dim = text_2.config.projection_dim
+    latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
+    unet = make_unet(latents.shape[1], latents.shape[2], token_dim, pooled_dim)
+    ffrnet = FFRNet.from_unet(
+        unet, vae_scale_factor=FACTOR, conditioning_embedding_out_channels=CONTROL_WIDTHS, load_weights_from_unet=False
+    )
+    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
+    parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
+    _diffusion(run, "joint", parts, minutes, lr=1.5e-3)
+
+
+def facesnap(run: Run, minutes: float) -> None:
+    _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=4e-4)
+
+
+def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) -> None:
+    place = run.work / "features"
+    stage = SheetStage(
+        parts,
+        load_people(run.data),
+        feats.Features.load(place / "faces.npz"),
+        np.load(place / "latents.npy"),
+        np.load(place / "clip.npy"),
+        joint=name == "joint",
+        control_size=SIZE,
+        vae=AutoencoderKL.from_pretrained(run.work / "vae").eval(),
+    )
+    trainer = Trainer(
+        stage,
+        TrainerConfig(
+            run.work / f"{name}_run", minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
+            ema=0.998, warmup=60, hold=0.5, device=run.device, log_every=20,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    with trainer.averaged():
+        save_parts(parts, run.work / name)
+
+
+def save_parts(parts: Parts, folder: Path) -> None:
+    for name, part in vars(parts).items():
+        part.save_pretrained(folder / name)
+
+
+def load_parts(folder: Path) -> Parts:
+    return Parts(
+        UNet2DConditionModel.from_pretrained(folder / "unet"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        FacialAttributeMixer.from_pretrained(folder / "mixer"),
+        FFRNet.from_pretrained(folder / "ffrnet"),
+    )
+
+
+def assemble(run: Run, minutes: float) -> None:
+    """The checkpoint folder: fp16 weights, fp32 text encoders, no file over 10 MB."""
+    from facesnap.faces import FaceAnalyser, Recogniser
+    from facesnap.pipeline import FaceSnapPipeline, Settings
+
+    last = next(run.work / name for name in ("facesnap", "joint") if (run.work / name / "unet").is_dir())
+    parts = load_parts(last)
+    known = load_people(run.data)
+    scorer = run.work / "scorer" / "recogniser.onnx"
+    pipe = FaceSnapPipeline(
+        vae=AutoencoderKL.from_pretrained(run.work / "vae"),
+        text_encoder=parts.text_encoder,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer=parts.tokenizer,
+        tokenizer_2=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=make_scheduler(),
+        mixer=parts.mixer,
+        ffrnet=parts.ffrnet,
+        face_encoder=CLIPVisionModel.from_pretrained(run.work / "face_encoder"),
+        face_analyser=FaceAnalyser(run.work / "face_pack"),
+        head_model=LinearHeadModel.from_pretrained(run.work / "head"),
+        scorer=Recogniser(scorer) if scorer.exists() else None,
+        settings=Settings(
+            name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0,
+            about={
+                "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
+                "stage": last.name,
+                "license": "Apache-2.0",
+                "diffusers": importlib.metadata.version("diffusers"),
+            },
+        ),
+    )  # fmt: skip
+    pipe.save_pretrained(run.out, dtype=torch.float16, max_shard_size="9MB")
+    attributes = run.work / "scorer" / "attributes.onnx"
+    if attributes.exists():
+        for file in attributes.parent.glob("attributes.*"):
+            shutil.copy(file, run.out / "scorer" / file.name)
+    total = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file())
+    print(f"{run.out}: {total / 1e6:.1f} MB")
+
+
+STAGES: dict[str, Callable[[Run, float], None]] = {
+    stage.__name__: stage for stage in (people, faces, vae, face_encoder, features, joint, facesnap, assemble)
+}
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all."""
+    draft = path.with_suffix(".part.npy")
+    np.save(draft, array)
+    draft.replace(path)
+
+
+def _module(name: str, **options: object) -> None:
+    arguments = [str(x) for key, value in options.items() for x in (f"--{key.replace('_', '-')}", value)]
+    subprocess.run([sys.executable, "-m", name, *arguments], check=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m facesnap.training.mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--stage", choices=STAGES)
+    what.add_argument("--all", action="store_true")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints and everything between the stages")
+    parser.add_argument("--out", type=Path, default=Path("assets/mini"), help="the finished checkpoint")
+    parser.add_argument("--data", type=Path, help="shards (default: WORK/people)")
+    parser.add_argument("--minutes", type=float, help="budget of the stage, or with --all of everything that learns")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")
+    parser.add_argument("--people", type=int, default=4000)
+    parser.add_argument("--per-person", type=int, default=5)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    run = Run(
+        args.work, args.out, args.data or args.work / "people", args.device, args.threads, args.people, args.per_person,
+        args.workers,
+    )  # fmt: skip
+    for name in STAGES if args.all else [args.stage]:
+        started = time.monotonic()
+        STAGES[name](run, run.minutes(name, args.minutes, not args.all) if name in SHARES else 0.0)
+        print(f"stage {name}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

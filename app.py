@@ -58,10 +58,10 @@ THEME = gr.themes.Base(
     block_border_color_dark="*neutral_800",
 )  # fmt: skip
 
-SCROLL_TO_RESULT = """() => {
+SCROLL_TO_RESULT = """() => setTimeout(() => {
   const begun = document.querySelector("#status progress[value='0']");
   if (begun && innerWidth < 721) document.querySelector("#result").scrollIntoView({behavior: "smooth"});
-}"""
+}, 60)"""
 
 
 def build(pipeline: Any) -> gr.Blocks:

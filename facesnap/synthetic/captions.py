@@ -26,7 +26,12 @@ HAIRCUT_WORDS = {
     "long": "long {} hair", "bob": "a {} bob", "bun": "{} hair in a bun", "curly": "curly {} hair",
     "short": "short {} hair", "buzzed": "buzzed {} hair", "fringe": "{} hair with a fringe", "bald": "a bald head",
 }  # fmt: skip
-BEARD_WORDS = {"stubble": "stubble", "beard": "a full beard", "moustache": "a moustache", "goatee": "a goatee"}
+BEARD_WORDS = {
+    "stubble": "stubble",
+    "beard": "a full beard",
+    "moustache": "a moustache",
+    "goatee": "a goatee",
+}
 EXPRESSION_WORDS = {"neutral": "a neutral face"}
 
 
@@ -112,5 +117,7 @@ def captions(picture: Picture, index: int = 0) -> tuple[str, str]:
     features = face_words(who)
     keep = [f for f in features if some(0.85)] or features[:1]
     rich = f"{style} {subject_words(who)} with {' and '.join(keep)}"
-    extras = [mood] + [scene[k] if k == "background" or k == "clothes" else "wearing " + scene[k] for k in scene]
+    extras = [mood] + [
+        scene[k] if k == "background" or k == "clothes" else "wearing " + scene[k] for k in scene
+    ]
     return prompt, ", ".join([rich, *[e for e in extras if some(0.7)]])

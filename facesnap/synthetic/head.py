@@ -200,7 +200,9 @@ def landmarks(p):
     """The 72 landmarks (method: Face2Face-rho's order) in the head frame, (72, 3)."""
     out = np.empty((72, 3))
     n = 0
-    for k in range(17):  # the contour: 0..8 from the left temple to the chin, then 9..16 back from the right temple
+    for k in range(
+        17
+    ):  # the contour: 0..8 from the left temple to the chin, then 9..16 back from the right temple
         a = (k - 8) / 8.0 if k < 9 else (17 - k) / 8.0
         s = 0.05 + 0.91 * math.sin((1 - abs(a)) * math.pi / 2) ** 0.8
         u = 1.42 * (1.0 if a > 0 else -1.0) * abs(a) ** 0.5
@@ -242,7 +244,28 @@ def landmarks(p):
         xy[m, 1] = p.eye_y + lx * st + ly * ct
         m += 1
     w = lip_width(p)
-    order = (52, 54, 53, 62, 58, 59, 57, 65, 66, 71, 69, 68, 55, 56, 63, 61, 60, 64, 70, 67)  # 68-point order of the mouth
+    order = (
+        52,
+        54,
+        53,
+        62,
+        58,
+        59,
+        57,
+        65,
+        66,
+        71,
+        69,
+        68,
+        55,
+        56,
+        63,
+        61,
+        60,
+        64,
+        70,
+        67,
+    )  # 68-point order of the mouth
     mouth = np.empty((20, 2))
     for k in range(20):
         if k < 7:
@@ -309,7 +332,9 @@ def beard_density(x, y, z, p):
     if p.moustache > 0:
         lip = my + p.upper_lip * 0.7 - 0.10 * ax / p.mouth_width
         strip = smoothstep(p.mouth_width * 1.35, p.mouth_width * 0.9, ax + ragged)
-        strip *= smoothstep(tip - 0.035, tip - 0.085, y + 0.25 * ax * ax + ragged * 0.4) * smoothstep(lip, lip + 0.035, y)
+        strip *= smoothstep(tip - 0.035, tip - 0.085, y + 0.25 * ax * ax + ragged * 0.4) * smoothstep(
+            lip, lip + 0.035, y
+        )
         density = max(density, p.moustache * strip)
     return density
 
@@ -358,7 +383,11 @@ def hair_mesh(p, columns, rows, V, C):
             thick = p.hair_thickness * (0.25 + 0.75 * full) + p.hair_volume * smoothstep(0.2, 1.0, y) * full
             thick += 0.012 * (noise(u * 22 + 3, phi * 2 + 9) - 0.5) * full  # locks
             if p.curl > 0:
-                lump = noise(u * 6.5 + 3, phi * 8 + p.hair_seed * 9) - 0.35 + 0.5 * (noise(u * 15, phi * 18) - 0.5)
+                lump = (
+                    noise(u * 6.5 + 3, phi * 8 + p.hair_seed * 9)
+                    - 0.35
+                    + 0.5 * (noise(u * 15, phi * 18) - 0.5)
+                )
                 thick += p.curl * 0.15 * full * lump * (0.6 + p.hair_thickness * 3)
             parting = math.exp(-0.5 * ((u - p.hair_part * 1.2) / 0.10) ** 2)
             thick -= 0.03 * parting * smoothstep(0.3, 0.7, y) * smoothstep(-0.3, 0.3, z)
@@ -391,7 +420,11 @@ def curtain_mesh(p, columns, rows, V, C):
             lock = 0.035 * (noise(u * 9, s * 2.5) - 0.5) + 0.02 * (noise(u * 21, s * 4) - 0.5)
             wave = p.curtain_wave * math.sin(s * 14 + 3 * math.sin(u * 2)) * smoothstep(0.1, 0.5, s) + lock
             V[k, 0] = (w + wave) * math.sin(u)
-            V[k, 1] = 0.45 - s * (p.curtain_length + 0.45) - 0.12 * (noise(u * 11, 2.0) - 0.5) * smoothstep(0.6, 1.0, s)
+            V[k, 1] = (
+                0.45
+                - s * (p.curtain_length + 0.45)
+                - 0.12 * (noise(u * 11, 2.0) - 0.5) * smoothstep(0.6, 1.0, s)
+            )
             V[k, 2] = (0.95 + wave * 0.5) * math.cos(u) * (0.75 if math.cos(u) > 0 else 0.85) - 0.05
             C[k, 0] = u
             C[k, 1] = 1.0 - s * 2.2
@@ -413,7 +446,9 @@ def hat_mesh(p, columns, rows, V, C):
             r = math.sqrt(x * x + y * y + z * z) + 1e-6
             out = lift + 0.05 * smoothstep(0.5, 1.0, v)
             if p.hat == 1:
-                out += 0.045 * (1 - smoothstep(0.22, 0.27, v)) + 0.012 * math.sin(u * 30) * smoothstep(0.0, 0.05, v)
+                out += 0.045 * (1 - smoothstep(0.22, 0.27, v)) + 0.012 * math.sin(u * 30) * smoothstep(
+                    0.0, 0.05, v
+                )
             out -= 0.05 * (1 - smoothstep(0.0, 0.035, v))  # the edge curls in to the head
             V[k, 0] = x + out * x / r
             V[k, 1] = y + out * (y / r + 0.2)
@@ -471,8 +506,14 @@ def ear_mesh(p, side, columns, rows, V, C):
 def bun_mesh(p, columns=24, rows=14):
     a, b = np.meshgrid(np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns), indexing="ij")
     r = 0.33 * p["bun"] * (1 + 0.06 * np.sin(b * 6 + a * 4))
-    V = np.stack([r * np.sin(a) * np.cos(b), 1.05 * p["upper_height"] + 0.14 + r * np.cos(a) * 0.85,
-                  -0.35 + r * np.sin(a) * np.sin(b)], -1)
+    V = np.stack(
+        [
+            r * np.sin(a) * np.cos(b),
+            1.05 * p["upper_height"] + 0.14 + r * np.cos(a) * 0.85,
+            -0.35 + r * np.sin(a) * np.sin(b),
+        ],
+        -1,
+    )
     return V.reshape(-1, 3), np.stack([b, a, 0.5 + 0 * a], -1).reshape(-1, 3)
 
 
@@ -487,7 +528,10 @@ def tube(path, radius, sides=6):
     return (path[:, None] + radius * (np.cos(angle) * a[:, None] + np.sin(angle) * b[:, None])).reshape(-1, 3)
 
 
-GLASSES = {1: (0.225, 0.195, 2.0, 0.016), 2: (0.25, 0.165, 4.0, 0.024)}  # round, square: half sizes, exponent, wire
+GLASSES = {
+    1: (0.225, 0.195, 2.0, 0.016),
+    2: (0.25, 0.165, 4.0, 0.024),
+}  # round, square: half sizes, exponent, wire
 
 
 def glasses_meshes(p):
@@ -509,7 +553,10 @@ def glasses_meshes(p):
         out.append((tube(np.stack([x, ey - 0.015 + half_h * corner(np.sin(t)), bent(x)], 1), wire), len(t)))
         hinge = side * (ex + half_w)
         k = np.linspace(0, 1, 8)[:, None]
-        start, end = np.array([hinge, ey + 0.03, bent(hinge)]), np.array([side * (p["face_width"] + 0.06), ey + 0.02, -0.1])
+        start, end = (
+            np.array([hinge, ey + 0.03, bent(hinge)]),
+            np.array([side * (p["face_width"] + 0.06), ey + 0.02, -0.1]),
+        )
         out.append((tube((1 - k) * start + k * end, wire), 8))
     k = np.linspace(-1, 1, 8)
     x = k * (ex - half_w)
@@ -528,7 +575,14 @@ def grid_triangles(columns, rows, flip=False):
 
 def rotation(yaw, pitch, roll):
     """R = Rz(roll) Ry(yaw) Rx(pitch), radians."""
-    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    cy, sy, cp, sp, cr, sr = (
+        np.cos(yaw),
+        np.sin(yaw),
+        np.cos(pitch),
+        np.sin(pitch),
+        np.cos(roll),
+        np.sin(roll),
+    )
     ry = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     rx = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
     return np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]) @ ry @ rx

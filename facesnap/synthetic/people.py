@@ -197,7 +197,11 @@ def sample_person(seed: int) -> Person:
         p["mole"] = 1.0
         p["mole_x"], p["mole_y"] = rng.uniform(0.16, 0.4) * rng.choice((-1, 1)), rng.uniform(-0.55, -0.15)
 
-    beard = "none" if woman else _choice(rng, ("none", "stubble", "beard", "moustache", "goatee"), (4.4, 2, 1.9, 0.8, 1.0))
+    beard = (
+        "none"
+        if woman
+        else _choice(rng, ("none", "stubble", "beard", "moustache", "goatee"), (4.4, 2, 1.9, 0.8, 1.0))
+    )
     if beard == "stubble":
         p["stubble"] = _between(rng, 0.5, 1.0)
     elif beard == "beard":
@@ -215,7 +219,11 @@ def sample_person(seed: int) -> Person:
     put("hair_back", -0.55, -0.30)
     put("hair_part", -0.6, 0.6)
     p["hair_seed"] = rng.random()
-    styles = ("long", "bob", "bun", "curly", "short") if woman else ("bald", "buzzed", "short", "fringe", "curly", "long")
+    styles = (
+        ("long", "bob", "bun", "curly", "short")
+        if woman
+        else ("bald", "buzzed", "short", "fringe", "curly", "long")
+    )
     cut = _choice(rng, styles, (3.4, 2.2, 1.4, 1.6, 1.4) if woman else (1.1, 1.8, 3.4, 1.3, 1.5, 0.9))
     thickness, volume = (0.05, 0.11), (0.04, 0.24)
     if cut in ("long", "bob"):
@@ -278,7 +286,9 @@ def sample_picture(
     p = person.parameters.copy()
 
     def draw(key, options, weights):
-        value = _choice(rng, options, weights)  # always drawn, so that giving one thing leaves the rest as it was
+        value = _choice(
+            rng, options, weights
+        )  # always drawn, so that giving one thing leaves the rest as it was
         return given.get(key, value)
 
     what = {
@@ -301,13 +311,22 @@ def sample_picture(
         p[name] = rng.uniform(low, high)
 
     mood = np.random.default_rng([person.seed, 2, index])  # of its own, for the same reason
-    for name, (low, high) in {"smile": (-0.1, 0.2), "eyelids": (0.9, 1.05), "brow_raise": (-0.3, 0.3)}.items():
+    for name, (low, high) in {
+        "smile": (-0.1, 0.2),
+        "eyelids": (0.9, 1.05),
+        "brow_raise": (-0.3, 0.3),
+    }.items():
         p[name] = mood.uniform(low, high)
     ranges = {
         "neutral": {},
         "smiling": {"smile": (0.45, 0.80), "eyelids": (0.82, 1.0)},
         "laughing": {"smile": (0.80, 1.05), "mouth_open": (0.35, 0.75), "eyelids": (0.65, 0.9)},
-        "surprised": {"smile": (-0.3, 0.0), "mouth_open": (0.45, 0.9), "eyelids": (1.15, 1.32), "brow_raise": (0.7, 1.2)},
+        "surprised": {
+            "smile": (-0.3, 0.0),
+            "mouth_open": (0.45, 0.9),
+            "eyelids": (1.15, 1.32),
+            "brow_raise": (0.7, 1.2),
+        },
         "serious": {"smile": (-0.7, -0.3), "eyelids": (0.72, 0.9), "brow_raise": (-1.2, -0.5)},
     }
     for name, (low, high) in ranges[what["expression"]].items():

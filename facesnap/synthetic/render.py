@@ -40,8 +40,6 @@ HEAD_GRID, HAIR_GRID, CURTAIN_GRID, HAT_GRID, VISOR_GRID = (124, 104), (96, 72),
 EAR_GRID, BUN_GRID, NECK_GRID, TORSO_GRID = (18, 12), (24, 14), (32, 12), (52, 26)
 
 
-
-
 def display_curve(n=4096):
     """Linear light 0..2 -> 8 bit: a filmic shoulder, then display gamma, as a table because powers are slow."""
     v = np.linspace(0, 2, n)
@@ -114,18 +112,27 @@ def build(p):
 
     torso = rotation(float(p["torso_yaw"]), 0.0, float(p["roll"]) * 0.15)
     width = float(p["neck_width"])
-    s, u = np.meshgrid(np.linspace(0, 1, NECK_GRID[1]), np.linspace(-np.pi, np.pi, NECK_GRID[0]), indexing="ij")
+    s, u = np.meshgrid(
+        np.linspace(0, 1, NECK_GRID[1]), np.linspace(-np.pi, np.pi, NECK_GRID[0]), indexing="ij"
+    )
     r = width * (1 + 0.75 * np.maximum(s - 0.6, 0) ** 1.5)
     top, bottom = to_world(np.array([[0, -0.55, -0.12]]), p)[0], torso @ np.array([0, -1.75, -0.28])
     V = top + (bottom - top) * s[..., None] + np.stack([r * np.sin(u), 0 * u, r * 0.92 * np.cos(u)], -1)
     C = np.stack([u, s, 0 * u], -1)
     body.append((V.reshape(-1, 3), C.reshape(-1, 3), triangles(*NECK_GRID, True), NECK))
 
-    s, u = np.meshgrid(np.linspace(0, 1, TORSO_GRID[1]), np.linspace(-np.pi, np.pi, TORSO_GRID[0]), indexing="ij")
+    s, u = np.meshgrid(
+        np.linspace(0, 1, TORSO_GRID[1]), np.linspace(-np.pi, np.pi, TORSO_GRID[0]), indexing="ij"
+    )
     su, cu, rise = np.sin(u), np.cos(u), np.clip(s / 0.5, 0, 1)
     half_w = width * 1.05 + (1.42 - width * 1.05) * rise**0.8
     half_d = width + (0.62 - width) * rise**0.9
-    y = -1.38 - 0.38 * rise**1.9 * (0.5 + 0.5 * np.abs(su)) - 0.10 * rise * (1 - np.abs(su)) - np.clip(s - 0.45, 0, 1) * 3.2
+    y = (
+        -1.38
+        - 0.38 * rise**1.9 * (0.5 + 0.5 * np.abs(su))
+        - 0.10 * rise * (1 - np.abs(su))
+        - np.clip(s - 0.45, 0, 1) * 3.2
+    )
     z = half_d * cu - 0.25 + 0.12 * np.clip(s - 0.3, 0, 1) * np.maximum(cu, 0)
     V = np.stack([half_w * np.sign(su) * np.abs(su) ** 0.9, y, z], -1).reshape(-1, 3)
     C = np.stack([V[:, 0], V[:, 1] + 1.45, cu.ravel()], -1)
@@ -364,12 +371,17 @@ def shade_sample(t, w0, w1, V, N, C, T, part, p, light, frame, shadow, up, c):
         sg = sp * (0.35 + 1.6 * p.hair[1])
         sb = sp * (0.35 + 1.6 * p.hair[2])
     else:
-        sp = gloss * max(nx * hx + ny * hy + nz * hz, 0.0) ** shine * key * 0.55 * (1.0 if facing > 0 else 0.0)
+        sp = (
+            gloss * max(nx * hx + ny * hy + nz * hz, 0.0) ** shine * key * 0.55 * (1.0 if facing > 0 else 0.0)
+        )
         sr = sp
         sg = sp
         sb = sp
     grazing = max(1 - abs(nz), 0.0) ** 3
-    rim = p.rim * grazing * max(nx * math.sin(p.rim_azimuth) * 0.9 + ny * 0.25 - 0.1, 0.0) * 1.5 + 0.08 * grazing * p.ambient
+    rim = (
+        p.rim * grazing * max(nx * math.sin(p.rim_azimuth) * 0.9 + ny * 0.25 - 0.1, 0.0) * 1.5
+        + 0.08 * grazing * p.ambient
+    )
     if eye > 0:  # wet and round: flatter than the lids around it
         dr = 0.35 + 0.6 * dr
         dg = 0.35 + 0.6 * dg
@@ -383,9 +395,21 @@ def shade_sample(t, w0, w1, V, N, C, T, part, p, light, frame, shadow, up, c):
             db = 1.0
     ambient = p.ambient * (0.62 + 0.38 * ny) * reach
     k = key * (0.45 + 0.55 * reach)
-    c[0] = c[0] * (ambient * (0.63 + 0.3 * p.back_a[0]) + dr * k * p.key_colour[0]) + sr * p.key_colour[0] + rim * (0.25 + c[0])
-    c[1] = c[1] * (ambient * (0.63 + 0.3 * p.back_a[1]) + dg * k * p.key_colour[1]) + sg * p.key_colour[1] + rim * (0.25 + c[1])
-    c[2] = c[2] * (ambient * (0.66 + 0.3 * p.back_a[2]) + db * k * p.key_colour[2]) + sb * p.key_colour[2] + rim * (0.25 + c[2])
+    c[0] = (
+        c[0] * (ambient * (0.63 + 0.3 * p.back_a[0]) + dr * k * p.key_colour[0])
+        + sr * p.key_colour[0]
+        + rim * (0.25 + c[0])
+    )
+    c[1] = (
+        c[1] * (ambient * (0.63 + 0.3 * p.back_a[1]) + dg * k * p.key_colour[1])
+        + sg * p.key_colour[1]
+        + rim * (0.25 + c[1])
+    )
+    c[2] = (
+        c[2] * (ambient * (0.66 + 0.3 * p.back_a[2]) + db * k * p.key_colour[2])
+        + sb * p.key_colour[2]
+        + rim * (0.25 + c[2])
+    )
 
 
 @jit
@@ -425,7 +449,9 @@ def shade(which, b0, b1, V, N, C, T, part, fine, p, light, frame, shadow, up, ou
                         if t < 0:
                             paint.background(2 * (px + 0.5) / W - 1, 1 - 2 * (py + 0.5) / H, p, c)
                         else:
-                            shade_sample(t, b0[sy, sx], b1[sy, sx], V, N, C, T, part, p, light, frame, shadow, up, c)
+                            shade_sample(
+                                t, b0[sy, sx], b1[sy, sx], V, N, C, T, part, p, light, frame, shadow, up, c
+                            )
                         for k in range(3):
                             total[k] += min(c[k], 2.0) / n
             for k in range(3):
@@ -437,7 +463,9 @@ def fine_features(C, p):
     """Which face triangles, by their paint coordinates (N, 3), carry eyes, brows, mouth, nostrils or beard."""
     x, y, z = np.abs(C[:, 0]), C[:, 1], C[:, 2]
     eyes = (y > p["eye_y"] - 0.15) & (y < p["eye_y"] + 0.42) & (x < 0.72)
-    mouth = (y < p["eye_y"] - p["nose_length"] + 0.03) & (x < p["mouth_width"] * 1.45) & (y > p["mouth_y"] - 0.35)
+    mouth = (
+        (y < p["eye_y"] - p["nose_length"] + 0.03) & (x < p["mouth_width"] * 1.45) & (y > p["mouth_y"] - 0.35)
+    )
     bearded = p["beard"] + p["goatee"] + p["stubble"] > 0
     return (z > 0) & (eyes | mouth | (bearded & (y < p["eye_y"] - 0.15)))
 
@@ -464,7 +492,9 @@ def render(picture: Picture, size: int = 256) -> Rendered:
     rasterise(S, T, closed, depth, which, b0, b1)
 
     ce = math.cos(p["light_elevation"])
-    light = np.array([ce * math.sin(p["light_azimuth"]), math.sin(p["light_elevation"]), ce * math.cos(p["light_azimuth"])])
+    light = np.array(
+        [ce * math.sin(p["light_azimuth"]), math.sin(p["light_elevation"]), ce * math.cos(p["light_azimuth"])]
+    )
     side = np.cross((0.0, 1.0, 0.0), light)
     side /= np.linalg.norm(side)
     frame = np.stack([side, np.cross(light, side)])

@@ -179,7 +179,9 @@ class DiffusionStage(Stage):
         mixed = self.parts.mixer(batch["embeddings"], batch["clip"].float(), batch["reference_mask"])
         return text, pooled, mixed.tokens, mixed.pooled
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face) -> Tensor:
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face
+    ) -> Tensor:
         side = float(self.people.size[0])
         time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
         control = batch["control"].float().div(255).contiguous(memory_format=torch.channels_last)
@@ -205,15 +207,22 @@ class DiffusionStage(Stage):
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         timesteps = stratified_timesteps(count, len(self.alphas), generator).to(latents.device)
         alphas = self.alphas.to(latents.device)[timesteps]
-        prediction = self.predict(add_noise(latents, noise, alphas), timesteps, batch, text, pooled, tokens, pooled_face)
+        prediction = self.predict(
+            add_noise(latents, noise, alphas), timesteps, batch, text, pooled, tokens, pooled_face
+        )
         target = diffusion_target(PREDICTION, latents, noise, alphas)
         loss = masked_diffusion_loss(
-            prediction, target, batch["mask"], weight=min_snr_weight(PREDICTION, alphas), background=self.background
+            prediction,
+            target,
+            batch["mask"],
+            weight=min_snr_weight(PREDICTION, alphas),
+            background=self.background,
         )
         with torch.no_grad():  # error of the latents themselves, by noise level: comparable between runs
             error = (prediction.float() - target).square().mean((1, 2, 3)) * (1 - alphas)
             logs = {
-                f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
+                f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean()
+                for low in (0, 250, 500, 750)
             }
         return loss, logs
 
@@ -250,7 +259,9 @@ class DiffusionStage(Stage):
             noisy = scheduler.scale_model_input(latents, t)
             timesteps = t.expand(2 * len(rows)).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                plain, told = self.predict(torch.cat([noisy, noisy]), timesteps, both, *conditions).float().chunk(2)
+                plain, told = (
+                    self.predict(torch.cat([noisy, noisy]), timesteps, both, *conditions).float().chunk(2)
+                )
             prediction = plain + guidance * (told - plain)
             latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents

@@ -208,8 +208,10 @@ def shapes(image: np.ndarray, rng: Rng, count: int) -> None:
     size = image.shape[0]
     for _ in range(count):
         centre = tuple(int(v) for v in rng.uniform(0, size, 2))
-        kind = rng.integers(0, 4)
-        if kind == 0:
+        kind = rng.integers(0, 5)
+        if kind == 4:
+            ball(image, rng, np.array(centre), rng.uniform(0.04, 0.3, 2) * size)
+        elif kind == 0:
             axes = tuple(int(v) for v in rng.uniform(2, size / 4, 2))
             cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour(rng), -1, cv2.LINE_AA)
         elif kind == 1:
@@ -221,6 +223,29 @@ def shapes(image: np.ndarray, rng: Rng, count: int) -> None:
         else:
             other = tuple(int(v) for v in rng.uniform(0, size, 2))
             cv2.line(image, centre, other, colour(rng), int(rng.integers(1, max(2, size // 24))), cv2.LINE_AA)
+
+
+def ball(image: np.ndarray, rng: Rng, centre: np.ndarray, axes: np.ndarray) -> None:
+    """A rounded thing in a light, with spots or stripes but without a face's order: fists, fruit, helmets."""
+    low = np.maximum(np.floor(centre - axes), 0).astype(int)
+    high = np.minimum(np.ceil(centre + axes), image.shape[0]).astype(int)
+    if (high - low < 3).any():
+        return
+    part = image[low[1] : high[1], low[0] : high[0]]
+    y, x = np.mgrid[low[1] : high[1], low[0] : high[0]].astype(np.float32)
+    x, y = (x - centre[0]) / axes[0], (y - centre[1]) / axes[1]
+    depth = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
+    light = rng.normal(size=3) + [0, -0.5, 1.5]
+    shade = 0.35 + 0.65 * np.clip((x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1)
+    painted = np.array(colour(rng), np.float32) * shade[..., None]
+    spots = np.ascontiguousarray(np.broadcast_to(np.uint8(0), part.shape[:2]))
+    for _ in range(int(rng.integers(0, 5))):
+        place = tuple(int(v) for v in rng.uniform(0, 1, 2) * part.shape[1::-1])
+        extent = tuple(int(v) + 1 for v in rng.uniform(0.02, 0.3, 2) * part.shape[1::-1])
+        cv2.ellipse(spots, place, extent, rng.uniform(0, 180), 0, 360, 255, -1 if rng.random() < 0.6 else 1)
+    painted[spots > 0] *= rng.uniform(0.3, 1.4)
+    inside = x**2 + y**2 < 1
+    part[inside] = np.clip(painted[inside], 0, 255)
 
 
 def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -> np.ndarray:
@@ -237,6 +262,9 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
             stretched = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
             image += decay**octave * stretched.reshape(size, size, channels)
         image = (image - image.mean()) / (image.std() + 1e-3)
+        if rng.random() < 0.5:  # as a height, lit from a side: folds, rock, fur
+            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(image.shape)
+            image = slope / (slope.std() + 1e-3)
         image = np.array(colour(rng), np.float32) + image * np.abs(rng.normal(20, 35, 3)).astype(np.float32)
     elif kind < 0.65:
         grid = np.arange(size, dtype=np.float32)

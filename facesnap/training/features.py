@@ -89,7 +89,9 @@ def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: i
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16) -> np.ndarray:
+def latents_of(
+    vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16
+) -> np.ndarray:
     """Means of the latents (N, C, h, w), float16."""
     vae = vae.to(device)  # type: ignore[arg-type]
     out = []
@@ -132,5 +134,10 @@ def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50
             p[name] = picture.parameters[name]
         offsets.append(landmarks(p[()]) - rest)
     return LinearHeadModel.from_samples(
-        np.stack(neutral), np.stack(offsets), num_identity=identities, num_expression=8, distance=CAMERA, name="rendered people"
+        np.stack(neutral),
+        np.stack(offsets),
+        num_identity=identities,
+        num_expression=8,
+        distance=CAMERA,
+        name="rendered people",
     )

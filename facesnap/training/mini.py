@@ -75,7 +75,12 @@ class Run:
 
 def people(run: Run, minutes: float) -> None:
     _module(
-        "facesnap.synthetic", out=run.data, people=run.people, per_person=run.per_person, size=SIZE, workers=run.workers
+        "facesnap.synthetic",
+        out=run.data,
+        people=run.people,
+        per_person=run.per_person,
+        size=SIZE,
+        workers=run.workers,
     )
 
 
@@ -151,10 +156,15 @@ def joint(run: Run, minutes: float) -> None:
     latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
     unet = make_unet(latents.shape[1], latents.shape[2], token_dim, pooled_dim)
     ffrnet = FFRNet.from_unet(
-        unet, vae_scale_factor=FACTOR, conditioning_embedding_out_channels=CONTROL_WIDTHS, load_weights_from_unet=False
+        unet,
+        vae_scale_factor=FACTOR,
+        conditioning_embedding_out_channels=CONTROL_WIDTHS,
+        load_weights_from_unet=False,
     )
     vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
-    parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
+    parts = Parts(
+        unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet
+    )
     _diffusion(run, "joint", parts, minutes, lr=1.5e-3)
 
 
@@ -263,15 +273,21 @@ def _module(name: str, **options: object) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m facesnap.training.mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m facesnap.training.mini",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--stage", choices=STAGES)
     what.add_argument("--all", action="store_true")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and everything between the stages")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="checkpoints and everything between the stages"
+    )
     parser.add_argument("--out", type=Path, default=Path("assets/mini"), help="the finished checkpoint")
     parser.add_argument("--data", type=Path, help="shards (default: WORK/people)")
-    parser.add_argument("--minutes", type=float, help="budget of the stage, or with --all of everything that learns")
+    parser.add_argument(
+        "--minutes", type=float, help="budget of the stage, or with --all of everything that learns"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")

@@ -33,7 +33,11 @@ def train_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     model.normalizer = Lowercase()
     model.pre_tokenizer = PreSequence([Split(" ", "removed"), ByteLevel(add_prefix_space=False)])
     trainer = BpeTrainer(
-        vocab_size=50_000, end_of_word_suffix=suffix, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+        vocab_size=50_000,
+        end_of_word_suffix=suffix,
+        initial_alphabet=alphabet,
+        special_tokens=[],
+        show_progress=False,
     )
     model.train_from_iterator(words, trainer)
     merges = [tuple(merge) for merge in _merges(model)]
@@ -64,13 +68,19 @@ def make_text_encoders(
             hidden_act="gelu",
         )  # fmt: skip
 
-    return CLIPTextModel(config(widths[0], layers[0])), CLIPTextModelWithProjection(config(widths[1], layers[1]))
+    return CLIPTextModel(config(widths[0], layers[0])), CLIPTextModelWithProjection(
+        config(widths[1], layers[1])
+    )
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """(N, MAX_LENGTH) ids, padded and cut as the pipeline does it."""
     return tokenizer(
-        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
 
 

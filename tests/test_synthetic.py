@@ -108,9 +108,7 @@ def test_hats_and_glasses_are_where_the_mask_says() -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_styles_change_the_picture_and_nothing_else(style, front) -> None:
-    picture = sample_picture(
-        sample_person(3), 0, style=style, attributes={"hat": "none", "glasses": "none"}, **FRONT
-    )
+    picture = sample_picture(sample_person(3), 0, style=style, attributes={"hat": "none", "glasses": "none"}, **FRONT)
     styled = render(picture, SIZE)
     assert np.array_equal(styled.landmarks, front.landmarks) and np.array_equal(styled.mask, front.mask)
     assert np.array_equal(styled.image, front.image) == (style == "photo")

@@ -1,4 +1,4 @@
-"""Rendered people: a parametric head, its pictures and their captions. The mini learns from them; nobody's face is used.
+"""Rendered people: a parametric head, its pictures and captions. The mini learns from them; nobody's face is used.
 
 python -m facesnap.synthetic --out DIR --people N --per-person K --size 256 --seed S
 """

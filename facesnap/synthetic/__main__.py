@@ -1,6 +1,6 @@
 """Render people into shards: `python -m facesnap.synthetic --out DIR --people N --per-person K --size 256 --seed S`.
 
-Shards that are already there are kept, so a run that was stopped goes on where it was. See shards.py for what is in them.
+Shards that are already there are kept, so a run that was stopped goes on where it was. Their content: shards.py.
 """
 
 import argparse

@@ -117,7 +117,5 @@ def captions(picture: Picture, index: int = 0) -> tuple[str, str]:
     features = face_words(who)
     keep = [f for f in features if some(0.85)] or features[:1]
     rich = f"{style} {subject_words(who)} with {' and '.join(keep)}"
-    extras = [mood] + [
-        scene[k] if k == "background" or k == "clothes" else "wearing " + scene[k] for k in scene
-    ]
+    extras = [mood] + [scene[k] if k == "background" or k == "clothes" else "wearing " + scene[k] for k in scene]
     return prompt, ", ".join([rich, *[e for e in extras if some(0.7)]])

@@ -180,7 +180,7 @@ def lids(t, p):
 
 @jit
 def lips(t, p):
-    """Heights of the four lip lines (top, seam, lower edge of the opening, bottom); t from corner (-1) to corner (1)."""
+    """Heights of the lip lines (top, seam, lower edge of the opening, bottom); t from corner (-1) to corner (1)."""
     arc = max(1 - t * t, 0.0)
     smile = max(p.smile, 0.0)
     seam = p.mouth_y + p.smile * 0.085 * (t * t - 0.35) - 0.007 * math.cos(t * 7)
@@ -200,9 +200,7 @@ def landmarks(p):
     """The 72 landmarks (method: Face2Face-rho's order) in the head frame, (72, 3)."""
     out = np.empty((72, 3))
     n = 0
-    for k in range(
-        17
-    ):  # the contour: 0..8 from the left temple to the chin, then 9..16 back from the right temple
+    for k in range(17):  # the contour: 0..8 from the left temple to the chin, then 9..16 back from the right temple
         a = (k - 8) / 8.0 if k < 9 else (17 - k) / 8.0
         s = 0.05 + 0.91 * math.sin((1 - abs(a)) * math.pi / 2) ** 0.8
         u = 1.42 * (1.0 if a > 0 else -1.0) * abs(a) ** 0.5
@@ -383,11 +381,7 @@ def hair_mesh(p, columns, rows, V, C):
             thick = p.hair_thickness * (0.25 + 0.75 * full) + p.hair_volume * smoothstep(0.2, 1.0, y) * full
             thick += 0.012 * (noise(u * 22 + 3, phi * 2 + 9) - 0.5) * full  # locks
             if p.curl > 0:
-                lump = (
-                    noise(u * 6.5 + 3, phi * 8 + p.hair_seed * 9)
-                    - 0.35
-                    + 0.5 * (noise(u * 15, phi * 18) - 0.5)
-                )
+                lump = noise(u * 6.5 + 3, phi * 8 + p.hair_seed * 9) - 0.35 + 0.5 * (noise(u * 15, phi * 18) - 0.5)
                 thick += p.curl * 0.15 * full * lump * (0.6 + p.hair_thickness * 3)
             parting = math.exp(-0.5 * ((u - p.hair_part * 1.2) / 0.10) ** 2)
             thick -= 0.03 * parting * smoothstep(0.3, 0.7, y) * smoothstep(-0.3, 0.3, z)
@@ -420,11 +414,7 @@ def curtain_mesh(p, columns, rows, V, C):
             lock = 0.035 * (noise(u * 9, s * 2.5) - 0.5) + 0.02 * (noise(u * 21, s * 4) - 0.5)
             wave = p.curtain_wave * math.sin(s * 14 + 3 * math.sin(u * 2)) * smoothstep(0.1, 0.5, s) + lock
             V[k, 0] = (w + wave) * math.sin(u)
-            V[k, 1] = (
-                0.45
-                - s * (p.curtain_length + 0.45)
-                - 0.12 * (noise(u * 11, 2.0) - 0.5) * smoothstep(0.6, 1.0, s)
-            )
+            V[k, 1] = 0.45 - s * (p.curtain_length + 0.45) - 0.12 * (noise(u * 11, 2.0) - 0.5) * smoothstep(0.6, 1.0, s)
             V[k, 2] = (0.95 + wave * 0.5) * math.cos(u) * (0.75 if math.cos(u) > 0 else 0.85) - 0.05
             C[k, 0] = u
             C[k, 1] = 1.0 - s * 2.2
@@ -446,9 +436,7 @@ def hat_mesh(p, columns, rows, V, C):
             r = math.sqrt(x * x + y * y + z * z) + 1e-6
             out = lift + 0.05 * smoothstep(0.5, 1.0, v)
             if p.hat == 1:
-                out += 0.045 * (1 - smoothstep(0.22, 0.27, v)) + 0.012 * math.sin(u * 30) * smoothstep(
-                    0.0, 0.05, v
-                )
+                out += 0.045 * (1 - smoothstep(0.22, 0.27, v)) + 0.012 * math.sin(u * 30) * smoothstep(0.0, 0.05, v)
             out -= 0.05 * (1 - smoothstep(0.0, 0.035, v))  # the edge curls in to the head
             V[k, 0] = x + out * x / r
             V[k, 1] = y + out * (y / r + 0.2)

@@ -53,9 +53,7 @@ def face(x, y, z, p, c):
     my = p.mouth_y
     tip = ey - p.nose_length
     smile = max(p.smile, 0.0)
-    red = p.blush * bump(ax - 0.40, y - (ey - 0.27), 0.13, 0.10) + 0.25 * p.blush * bump(
-        x, y - tip, 0.09, 0.07
-    )
+    red = p.blush * bump(ax - 0.40, y - (ey - 0.27), 0.13, 0.10) + 0.25 * p.blush * bump(x, y - tip, 0.09, 0.07)
     blend(c, skin[0] * 1.05, skin[1] * 0.72, skin[2] * 0.72, min(red, 0.8))
     if p.freckles > 0:
         spots = smoothstep(0.60, 0.74, noise(x * 22 + 3, y * 22 + 8))
@@ -75,12 +73,7 @@ def face(x, y, z, p, c):
         dark += 0.18 * (p.age - 0.35) * line
     if p.age > 0.35:  # crow's feet
         feet = abs(math.sin((y - ey) * 60))
-        dark += (
-            0.22
-            * (p.age - 0.35)
-            * (1 - smoothstep(0.0, 0.5, feet))
-            * bump(ax - ex - 0.27, y - ey, 0.06, 0.07)
-        )
+        dark += 0.22 * (p.age - 0.35) * (1 - smoothstep(0.0, 0.5, feet)) * bump(ax - ex - 0.27, y - ey, 0.06, 0.07)
     light = max(1 - dark, 0.1)
     c[0] *= light
     c[1] *= light**1.25
@@ -89,9 +82,7 @@ def face(x, y, z, p, c):
         spot = smoothstep(0.036, 0.020, math.hypot(x - p.mole_x, y - p.mole_y))
         blend(c, skin[0] * 0.3, skin[1] * 0.2, skin[2] * 0.17, spot)
     gloss = beard(x, y, z, p, c, gloss)
-    nostril = ((ax - p.nose_width * 0.55) / 0.038) ** 2 + (
-        (y - (tip - 0.055 + p.nose_upturn * 0.02)) / 0.020
-    ) ** 2
+    nostril = ((ax - p.nose_width * 0.55) / 0.038) ** 2 + ((y - (tip - 0.055 + p.nose_upturn * 0.02)) / 0.020) ** 2
     blend(c, skin[0] * 0.16, skin[1] * 0.08, skin[2] * 0.07, 0.85 * smoothstep(1.6, 0.4, nostril))
     brow(ax, y, p, c)
     gloss, eye = eyes(x, y, p, c, gloss)
@@ -110,9 +101,7 @@ def scalp(x, y, z, p, c):
     for k in range(3):
         c[k] *= 1 - 0.22 * smoothstep(0.14, 0.0, below)
     strands = noise(u * 55 + 3, y * 9) * 0.7 + noise(u * 110, y * 16) * 0.3
-    tint(
-        c, p.hair, 1.1, smoothstep(0.35, 0.75, smoothstep(0.085, -0.03, below) * 0.9 + (strands - 0.5) * 0.7)
-    )
+    tint(c, p.hair, 1.1, smoothstep(0.35, 0.75, smoothstep(0.085, -0.03, below) * 0.9 + (strands - 0.5) * 0.7))
 
 
 @jit
@@ -121,9 +110,7 @@ def beard(x, y, z, p, c, gloss):
         line = p.mouth_y + 0.06 + (abs(x) / p.face_width) ** 2.0 * 0.55
         area = smoothstep(line + 0.08, line - 0.10, y)
         tip = p.eye_y - p.nose_length
-        lip = smoothstep(p.mouth_width * 1.3, p.mouth_width * 0.9, abs(x)) * smoothstep(
-            tip - 0.04, tip - 0.09, y
-        )
+        lip = smoothstep(p.mouth_width * 1.3, p.mouth_width * 0.9, abs(x)) * smoothstep(tip - 0.04, tip - 0.09, y)
         area = max(area, lip)
         shade = p.stubble * 0.62 * area * (0.55 + 0.8 * noise(x * 42, y * 42))
         blend(c, p.brow[0] * 0.8 + 0.04, p.brow[1] * 0.8 + 0.04, p.brow[2] * 0.8 + 0.045, min(shade, 0.8))
@@ -231,11 +218,7 @@ def mouth(x, y, p, c, gloss):
             under_lip = 0.72 + 0.28 * smoothstep(0.0, 0.022, seam - y)
             f = between * under_lip
             blend(c, 0.82 * f, 0.79 * f, 0.73 * f, lit)
-            tongue = (
-                smoothstep(0.55, 1.0, (seam - y) / max(gap, 1e-3))
-                * smoothstep(0.7, 0.3, abs(t))
-                * p.mouth_open
-            )
+            tongue = smoothstep(0.55, 1.0, (seam - y) / max(gap, 1e-3)) * smoothstep(0.7, 0.3, abs(t)) * p.mouth_open
             blend(c, 0.42, 0.11, 0.11, min(tongue * 1.2, 0.9) * (1 - lit))
         else:
             shade = (0.82 if y >= seam else 1.0) * (0.94 + 0.12 * noise(x * 30, y * 4))

@@ -198,9 +198,7 @@ def sample_person(seed: int) -> Person:
         p["mole_x"], p["mole_y"] = rng.uniform(0.16, 0.4) * rng.choice((-1, 1)), rng.uniform(-0.55, -0.15)
 
     beard = (
-        "none"
-        if woman
-        else _choice(rng, ("none", "stubble", "beard", "moustache", "goatee"), (4.4, 2, 1.9, 0.8, 1.0))
+        "none" if woman else _choice(rng, ("none", "stubble", "beard", "moustache", "goatee"), (4.4, 2, 1.9, 0.8, 1.0))
     )
     if beard == "stubble":
         p["stubble"] = _between(rng, 0.5, 1.0)
@@ -220,9 +218,7 @@ def sample_person(seed: int) -> Person:
     put("hair_part", -0.6, 0.6)
     p["hair_seed"] = rng.random()
     styles = (
-        ("long", "bob", "bun", "curly", "short")
-        if woman
-        else ("bald", "buzzed", "short", "fringe", "curly", "long")
+        ("long", "bob", "bun", "curly", "short") if woman else ("bald", "buzzed", "short", "fringe", "curly", "long")
     )
     cut = _choice(rng, styles, (3.4, 2.2, 1.4, 1.6, 1.4) if woman else (1.1, 1.8, 3.4, 1.3, 1.5, 0.9))
     thickness, volume = (0.05, 0.11), (0.04, 0.24)
@@ -286,9 +282,7 @@ def sample_picture(
     p = person.parameters.copy()
 
     def draw(key, options, weights):
-        value = _choice(
-            rng, options, weights
-        )  # always drawn, so that giving one thing leaves the rest as it was
+        value = _choice(rng, options, weights)  # always drawn, so that giving one thing leaves the rest as it was
         return given.get(key, value)
 
     what = {

@@ -1,7 +1,7 @@
 """Rendering: meshes -> z-buffer -> shadows -> paint and light -> style, with exact landmarks and masks.
 
-`render(picture, size)` is the whole of it. The z-buffer has 2 x 2 samples a pixel. All four are shaded at edges and where
-the face has fine features, two on hair and other patterned surfaces, one on plain ones.
+`render(picture, size)` is the whole of it. The z-buffer has 2 x 2 samples a pixel. All four are shaded at edges and
+where the face has fine features, two on hair and other patterned surfaces, one on plain ones.
 """
 
 import math
@@ -112,18 +112,14 @@ def build(p):
 
     torso = rotation(float(p["torso_yaw"]), 0.0, float(p["roll"]) * 0.15)
     width = float(p["neck_width"])
-    s, u = np.meshgrid(
-        np.linspace(0, 1, NECK_GRID[1]), np.linspace(-np.pi, np.pi, NECK_GRID[0]), indexing="ij"
-    )
+    s, u = np.meshgrid(np.linspace(0, 1, NECK_GRID[1]), np.linspace(-np.pi, np.pi, NECK_GRID[0]), indexing="ij")
     r = width * (1 + 0.75 * np.maximum(s - 0.6, 0) ** 1.5)
     top, bottom = to_world(np.array([[0, -0.55, -0.12]]), p)[0], torso @ np.array([0, -1.75, -0.28])
     V = top + (bottom - top) * s[..., None] + np.stack([r * np.sin(u), 0 * u, r * 0.92 * np.cos(u)], -1)
     C = np.stack([u, s, 0 * u], -1)
     body.append((V.reshape(-1, 3), C.reshape(-1, 3), triangles(*NECK_GRID, True), NECK))
 
-    s, u = np.meshgrid(
-        np.linspace(0, 1, TORSO_GRID[1]), np.linspace(-np.pi, np.pi, TORSO_GRID[0]), indexing="ij"
-    )
+    s, u = np.meshgrid(np.linspace(0, 1, TORSO_GRID[1]), np.linspace(-np.pi, np.pi, TORSO_GRID[0]), indexing="ij")
     su, cu, rise = np.sin(u), np.cos(u), np.clip(s / 0.5, 0, 1)
     half_w = width * 1.05 + (1.42 - width * 1.05) * rise**0.8
     half_d = width + (0.62 - width) * rise**0.9
@@ -371,9 +367,7 @@ def shade_sample(t, w0, w1, V, N, C, T, part, p, light, frame, shadow, up, c):
         sg = sp * (0.35 + 1.6 * p.hair[1])
         sb = sp * (0.35 + 1.6 * p.hair[2])
     else:
-        sp = (
-            gloss * max(nx * hx + ny * hy + nz * hz, 0.0) ** shine * key * 0.55 * (1.0 if facing > 0 else 0.0)
-        )
+        sp = gloss * max(nx * hx + ny * hy + nz * hz, 0.0) ** shine * key * 0.55 * (1.0 if facing > 0 else 0.0)
         sr = sp
         sg = sp
         sb = sp
@@ -414,7 +408,7 @@ def shade_sample(t, w0, w1, V, N, C, T, part, p, light, frame, shadow, up, c):
 
 @jit
 def shade(which, b0, b1, V, N, C, T, part, fine, p, light, frame, shadow, up, out, labels, mask, curve):
-    """Colour every pixel from its 2 x 2 samples; `mask` gets the label of one sample, `fine` marks detailed triangles."""
+    """Colour every pixel from its 2 x 2 samples; `mask` gets one sample's label, `fine` marks detailed triangles."""
     H, W = out.shape[:2]
     c = np.zeros(3)
     total = np.zeros(3)
@@ -449,9 +443,7 @@ def shade(which, b0, b1, V, N, C, T, part, fine, p, light, frame, shadow, up, ou
                         if t < 0:
                             paint.background(2 * (px + 0.5) / W - 1, 1 - 2 * (py + 0.5) / H, p, c)
                         else:
-                            shade_sample(
-                                t, b0[sy, sx], b1[sy, sx], V, N, C, T, part, p, light, frame, shadow, up, c
-                            )
+                            shade_sample(t, b0[sy, sx], b1[sy, sx], V, N, C, T, part, p, light, frame, shadow, up, c)
                         for k in range(3):
                             total[k] += min(c[k], 2.0) / n
             for k in range(3):
@@ -463,9 +455,7 @@ def fine_features(C, p):
     """Which face triangles, by their paint coordinates (N, 3), carry eyes, brows, mouth, nostrils or beard."""
     x, y, z = np.abs(C[:, 0]), C[:, 1], C[:, 2]
     eyes = (y > p["eye_y"] - 0.15) & (y < p["eye_y"] + 0.42) & (x < 0.72)
-    mouth = (
-        (y < p["eye_y"] - p["nose_length"] + 0.03) & (x < p["mouth_width"] * 1.45) & (y > p["mouth_y"] - 0.35)
-    )
+    mouth = (y < p["eye_y"] - p["nose_length"] + 0.03) & (x < p["mouth_width"] * 1.45) & (y > p["mouth_y"] - 0.35)
     bearded = p["beard"] + p["goatee"] + p["stubble"] > 0
     return (z > 0) & (eyes | mouth | (bearded & (y < p["eye_y"] - 0.15)))
 

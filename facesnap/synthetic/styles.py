@@ -57,9 +57,7 @@ def oil_painting(image, rng):
     out = kuwahara(kuwahara(image, 3), 2)
     gray = out.mean(-1, keepdims=True)
     out = gray + (out - gray) * 1.35
-    strokes = cv2.GaussianBlur(
-        rng.standard_normal(image.shape[:2]).astype(np.float32), (0, 0), 3.0, sigmaY=0.8
-    )
+    strokes = cv2.GaussianBlur(rng.standard_normal(image.shape[:2]).astype(np.float32), (0, 0), 3.0, sigmaY=0.8)
     out = out + 40 * (strokes - np.roll(strokes, 1, 0))[..., None] + 6
     return np.clip(out, 0, 255).astype(np.uint8)
 

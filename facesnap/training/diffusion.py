@@ -1,8 +1,8 @@
 """The two stages that learn to make portraits.
 
-`joint` learns the whole mini from nothing: base UNet, text encoders, mixer and FFRNet together, with FFRNet switched off
-for a share of the samples so that the base stands on its own. `facesnap` is the paper's training: the base is frozen,
-only mixer and FFRNet learn, by the masked loss (equation 3).
+`joint` learns the whole mini from nothing: base UNet, text encoders, mixer and FFRNet together, with FFRNet switched
+off for a share of the samples so that the base stands on its own. `facesnap` is the paper's training: the base is
+frozen, only mixer and FFRNet learn, by the masked loss (equation 3).
 """
 
 from dataclasses import dataclass
@@ -179,9 +179,7 @@ class DiffusionStage(Stage):
         mixed = self.parts.mixer(batch["embeddings"], batch["clip"].float(), batch["reference_mask"])
         return text, pooled, mixed.tokens, mixed.pooled
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face) -> Tensor:
         side = float(self.people.size[0])
         time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
         control = batch["control"].float().div(255).contiguous(memory_format=torch.channels_last)
@@ -221,8 +219,7 @@ class DiffusionStage(Stage):
         with torch.no_grad():  # error of the latents themselves, by noise level: comparable between runs
             error = (prediction.float() - target).square().mean((1, 2, 3)) * (1 - alphas)
             logs = {
-                f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean()
-                for low in (0, 250, 500, 750)
+                f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
             }
         return loss, logs
 
@@ -259,9 +256,7 @@ class DiffusionStage(Stage):
             noisy = scheduler.scale_model_input(latents, t)
             timesteps = t.expand(2 * len(rows)).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                plain, told = (
-                    self.predict(torch.cat([noisy, noisy]), timesteps, both, *conditions).float().chunk(2)
-                )
+                plain, told = self.predict(torch.cat([noisy, noisy]), timesteps, both, *conditions).float().chunk(2)
             prediction = plain + guidance * (told - plain)
             latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents

@@ -29,9 +29,7 @@ from .trainer import Batch, Stage
 CROP = 120  # stored side of the crops; training cuts the encoder's 112 out of it
 
 
-def make_face_encoder(
-    width: int = 192, layers: int = 6, projection: int = 128
-) -> CLIPVisionModelWithProjection:
+def make_face_encoder(width: int = 192, layers: int = 6, projection: int = 128) -> CLIPVisionModelWithProjection:
     """A ViT of 7 x 7 patches and a class token on 112² crops."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -120,9 +118,7 @@ def features_of(encoder: nn.Module, crops: np.ndarray, batch_size: int = 64) -> 
     return torch.cat(out)
 
 
-def probes(
-    features: Tensor, people: People, rows: np.ndarray, *, ridge: float = 10.0
-) -> dict[str, dict[str, float]]:
+def probes(features: Tensor, people: People, rows: np.ndarray, *, ridge: float = 10.0) -> dict[str, dict[str, float]]:
     """Linear probes: balanced accuracy on the last third of the people for eyes, hair and beard, beside chance.
 
     `features` (N, P, C) of `rows`; a ridge regression on one-hot labels from the standardised, flattened features.

@@ -681,8 +681,8 @@ def to_onnx(net: nn.Module, example: Tensor, path: Path, outputs: list[str], axe
     """Write an ONNX file; the net is left on the CPU, in evaluation mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
-        net.eval().cpu(), (example,), str(path), input_names=["input"], output_names=outputs, dynamic_axes=axes,
-        opset_version=17, dynamo=False,
+        net.eval().cpu(), (example,), str(path), input_names=["input"], output_names=outputs,
+        dynamic_axes=axes, opset_version=17, dynamo=False,
     )  # fmt: skip
 
 

@@ -236,7 +236,9 @@ def ball(image: np.ndarray, rng: Rng, centre: np.ndarray, axes: np.ndarray) -> N
     x, y = (x - centre[0]) / axes[0], (y - centre[1]) / axes[1]
     depth = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
     light = rng.normal(size=3) + [0, -0.5, 1.5]
-    shade = 0.35 + 0.65 * np.clip((x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1)
+    shade = 0.35 + 0.65 * np.clip(
+        (x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1
+    )
     painted = np.array(colour(rng), np.float32) * shade[..., None]
     spots = np.ascontiguousarray(np.broadcast_to(np.uint8(0), part.shape[:2]))
     for _ in range(int(rng.integers(0, 5))):
@@ -263,7 +265,9 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
             image += decay**octave * stretched.reshape(size, size, channels)
         image = (image - image.mean()) / (image.std() + 1e-3)
         if rng.random() < 0.5:  # as a height, lit from a side: folds, rock, fur
-            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(image.shape)
+            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(
+                image.shape
+            )
             image = slope / (slope.std() + 1e-3)
         image = np.array(colour(rng), np.float32) + image * np.abs(rng.normal(20, 35, 3)).astype(np.float32)
     elif kind < 0.65:
@@ -276,7 +280,7 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
         image = np.full((size, size, 3), colour(rng), np.float32)
     else:  # parts of people, in the wrong places
         picture = pictures[rng.integers(len(pictures))]
-        n = int(rng.integers(3, 7))
+        n = int(rng.integers(4, 9))  # too fine for a whole face
         part = picture.shape[0] // n
         tiles = [
             picture[i * part : (i + 1) * part, j * part : (j + 1) * part] for i in range(n) for j in range(n)
@@ -341,7 +345,7 @@ def scene(
 
     Returns the image (size, size, 3), boxes (n, 4) and key points (n, 5, 2)."""
     canvas = backgrounds.draw(size)
-    count = int(rng.choice([0, 1, 2, 3, 5, 6], p=[0.08, 0.62, 0.12, 0.08, 0.06, 0.04]))
+    count = int(rng.choice([0, 1, 2, 3, 5, 6], p=[0.15, 0.55, 0.12, 0.08, 0.06, 0.04]))
     boxes: list[np.ndarray] = []
     points: list[np.ndarray] = []
     for index in rng.choice(indices, min(count, most)):

@@ -1,7 +1,7 @@
 """What the diffusion stages read of every picture, computed once: latents, and the face as `faces.py` finds it.
 
 The face's features come through the path a visitor's photo takes (detector, points, InsightFace's crop, ONNX), never
-from exact landmarks, so training meets the same errors as use. Pictures in which no face is found serve as targets only.
+from exact landmarks, so training meets the same errors as use. Pictures without a found face serve as targets only.
 """
 
 import multiprocessing
@@ -89,9 +89,7 @@ def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: i
 
 
 @torch.no_grad()
-def latents_of(
-    vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16
-) -> np.ndarray:
+def latents_of(vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16) -> np.ndarray:
     """Means of the latents (N, C, h, w), float16."""
     vae = vae.to(device)  # type: ignore[arg-type]
     out = []

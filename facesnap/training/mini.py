@@ -1,8 +1,8 @@
 """The mini's recipe: a whole FaceSnap from nothing, stage by stage, on rendered people.
 
-    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, about half a day on 2 cores
+    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, half a day on 2 cores
     python -m facesnap.training.mini --stage joint --work DIR --minutes 60         # one stage; what is done is kept
-    python -m facesnap.training.mini --all --work DIR --minutes 50 --device cuda   # the budget shared out over the stages
+    python -m facesnap.training.mini --all --work DIR --minutes 50 --device cuda   # a budget shared by the stages
 
 | stage        | learns                                                          | needs                  |
 |--------------|-----------------------------------------------------------------|------------------------|
@@ -162,9 +162,7 @@ def joint(run: Run, minutes: float) -> None:
         load_weights_from_unet=False,
     )
     vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
-    parts = Parts(
-        unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet
-    )
+    parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
     _diffusion(run, "joint", parts, minutes, lr=1.5e-3)
 
 
@@ -280,14 +278,10 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--stage", choices=STAGES)
     what.add_argument("--all", action="store_true")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="checkpoints and everything between the stages"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints and everything between the stages")
     parser.add_argument("--out", type=Path, default=Path("assets/mini"), help="the finished checkpoint")
     parser.add_argument("--data", type=Path, help="shards (default: WORK/people)")
-    parser.add_argument(
-        "--minutes", type=float, help="budget of the stage, or with --all of everything that learns"
-    )
+    parser.add_argument("--minutes", type=float, help="budget of the stage, or with --all of everything that learns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")

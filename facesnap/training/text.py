@@ -5,6 +5,7 @@ pooled text. The mini keeps that form at small widths. A word that no caption ev
 it is read, but means nothing to the mini.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -49,8 +50,6 @@ def train_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
 
 
 def _merges(model: Tokenizer) -> list[Sequence[str]]:
-    import json
-
     merges = json.loads(model.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
@@ -58,19 +57,17 @@ def _merges(model: Tokenizer) -> list[Sequence[str]]:
 def make_text_encoders(
     tokenizer: CLIPTokenizer, widths: tuple[int, int] = (64, 128), layers: tuple[int, int] = (3, 4)
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The two encoders, untrained. SDXL reads the layer before the last, so the last one serves the pooled text only."""
+    """The two encoders, untrained. SDXL reads the layer before the last; the last one serves the pooled text only."""
 
     def config(width: int, depth: int) -> CLIPTextConfig:
         return CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
             num_attention_heads=width // 32, max_position_embeddings=MAX_LENGTH, projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, hidden_act="gelu",
         )  # fmt: skip
 
-    return CLIPTextModel(config(widths[0], layers[0])), CLIPTextModelWithProjection(
-        config(widths[1], layers[1])
-    )
+    return CLIPTextModel(config(widths[0], layers[0])), CLIPTextModelWithProjection(config(widths[1], layers[1]))
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -84,9 +81,7 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def encode_text(
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection], ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def encode_text(encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection], ids: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, n, widths' sum) and pooled text (B, width of the second), as SDXL's pipeline makes them."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)

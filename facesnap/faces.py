@@ -22,6 +22,7 @@ from insightface.utils.face_align import norm_crop
 from facesnap.images import InputError
 
 SMALLEST = 32  # pixels: below this, an embedding says little about the person
+WEAKEST = 0.8  # of the best score in the picture: false alarms may be large, but they are weak
 CROP_SIZE, CROP_SCALE = 224, 1.8  # the encoder's picture; 1.8 boxes wide, so that the hair is in it
 CASCADES = (  # of OpenCV, and whether the picture is mirrored: there is one cascade for profiles
     ("frontalface_alt2", False),
@@ -161,7 +162,7 @@ class FaceAnalyser:
         yield _Found(boxes, np.zeros(len(boxes), np.float32), None, "haar")
 
     def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> _Found:
-        """All faces seen at several input sizes, doubles removed.
+        """All faces seen at several input sizes, without doubles and without those much weaker than the best.
 
         InsightFace shrinks with plain bilinear sampling; shrinking by area first spares small faces the
         aliasing."""
@@ -176,7 +177,8 @@ class FaceAnalyser:
             rows.append(found * np.r_[scale, scale, 1].astype(np.float32))
             points.append(spots * scale.astype(np.float32))
         row, spot = np.concatenate(rows), np.concatenate(points)
-        kept = detector.nms(row)
+        kept = np.array(detector.nms(row), dtype=int)
+        kept = kept[row[kept, 4] >= WEAKEST * row[:, 4].max(initial=0)]
         return _Found(row[kept, :4], row[kept, 4], spot[kept], by)
 
     def _settle(self, bgr: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

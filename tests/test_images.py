@@ -1,4 +1,4 @@
-"""Opening: what a visitor brings becomes upright RGB of a bounded size, or a sentence saying what is wrong."""
+"""Opening: what a visitor brings becomes upright RGB of bounded size, or a sentence saying what is wrong."""
 
 import io
 import struct

@@ -187,7 +187,9 @@ def train(data: Path, out: Path, *, minutes: float, limit: int, seed: int = 0) -
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * spent)) + 1e-5
         rows = torch.randint(len(x), (batch,), generator=generator)
         images = softened(x[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
-        logits = net(images.contiguous(memory_format=torch.channels_last)) + lean
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(images.contiguous(memory_format=torch.channels_last))
+        logits = logits.float() + lean
         loss = sum(
             nn.functional.cross_entropy(logits[:, starts[a] : starts[a + 1]], y[rows, a], ignore_index=-1)
             for a in range(len(ATTRIBUTES))

@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from facesnap.templates import TEMPLATES
 from page import views
@@ -127,9 +128,11 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
                     lines=2,
                     max_lines=6,
                     max_length=MAX_PROMPT,
-                    placeholder="a photo of a person in a red jacket, by the sea",
+                    placeholder=shelf[0]["prompt"] if shelf else "a portrait in a red jacket, by the sea",
                     elem_id="prompt",
                 )
+                if "hint" in settings.about:  # what a checkpoint wants its prompts to be like
+                    gr.HTML(views.notes([settings.about["hint"]]))
                 consent = gr.Checkbox(
                     label="The people in my photos are me, or they agreed to this.", elem_id="consent"
                 )
@@ -144,9 +147,7 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
                     )
                     with gr.Row():
                         steps = gr.Slider(*LIMITS["steps"], value=settings.steps, step=1, label="Steps")
-                        guidance = gr.Slider(
-                            *LIMITS["guidance"], value=settings.guidance, step=0.1, label="Guidance"
-                        )
+                        guidance = gr.Slider(*LIMITS["guidance"], value=settings.guidance, step=0.1, label="Guidance")
                     with gr.Row():
                         identity = gr.Slider(
                             *LIMITS["identity_strength"], value=1, step=0.05, label="Identity strength"
@@ -274,9 +275,10 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
     status.change(None, js=SCROLL_TO_RESULT, **quiet)
     if shelf:
 
-        def take(event: gr.SelectData) -> tuple[str, str, str]:
+        def take(event: gr.SelectData) -> tuple[Image.Image, str, str]:
             row = shelf[event.index]
-            return row["reference"], row["pose"], row["prompt"]
+            # As pixels: Gradio gives out files of the working directory only, wherever the page was started.
+            return Image.open(row["reference"]), row["pose"], row["prompt"]
 
         gallery.select(take, outputs=[reference, pose, prompt], **quiet)
 
@@ -284,9 +286,7 @@ def lay_out(studio: Studio, shelf: list[dict[str, str]]) -> None:
 def add_endpoints(studio: Studio) -> None:
     """/preview and /generate, on components that are never shown: the page can change and they do not."""
 
-    def preview(
-        reference: str | None, pose: str, pose_photo: str | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def preview(reference: str | None, pose: str, pose_photo: str | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """The 72 landmarks that a portrait would follow. Takes a fraction of a second.
 
         Parameters:
@@ -401,7 +401,7 @@ def photo_input(**options: Any) -> gr.Image:
     What Gradio's own preprocessing raises for a text file or a decompression bomb reaches nobody as a
     sentence; `facesnap.images.open_image` reads the header first and says what is wrong.
     """
-    image = gr.Image(type="filepath", image_mode=None, **options)
+    image = gr.Image(type="filepath", format="png", image_mode=None, **options)
     image.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
     return image
 

@@ -177,9 +177,7 @@ class Studio:
             worker.join()
 
     @staticmethod
-    def _read(
-        reference: str | None, pose: str, pose_photo: str | None
-    ) -> tuple[np.ndarray, np.ndarray | str | None]:
+    def _read(reference: str | None, pose: str, pose_photo: str | None) -> tuple[np.ndarray, np.ndarray | str | None]:
         """The pictures. `pose` is compared with known names, so it can never be taken for a path."""
         if reference is None:
             raise InputError(NO_REFERENCE)

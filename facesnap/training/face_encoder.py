@@ -16,6 +16,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
 )
 
@@ -148,10 +149,8 @@ def probes(features: Tensor, people: People, rows: np.ndarray, *, ridge: float =
 
 def save_face_encoder(encoder: CLIPVisionModelWithProjection, folder: Path) -> None:
     """Save the picture side alone, as the `CLIPVisionModel` that the pipeline loads."""
-    from transformers import CLIPVisionModel
-
     model = CLIPVisionModel(encoder.config)
-    model.load_state_dict(
-        {k: v for k, v in encoder.state_dict().items() if not k.startswith("visual_projection")}, strict=False
-    )
+    own = "vision_model."
+    kept = {k.removeprefix(own): v for k, v in encoder.state_dict().items() if k.startswith(own)}
+    model.load_state_dict(kept)
     model.save_pretrained(folder)

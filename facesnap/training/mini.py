@@ -31,8 +31,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from onnx import helper, numpy_helper
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
 from facesnap.ffrnet import FFRNet
@@ -186,7 +188,7 @@ def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) 
         stage,
         TrainerConfig(
             run.work / f"{name}_run", minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
-            ema=0.998, warmup=60, hold=0.5, device=run.device, log_every=20,
+            ema=0.99, warmup=60, hold=0.5, device=run.device, log_every=20,
         ),
     )  # fmt: skip
     trainer.train()
@@ -248,8 +250,31 @@ def assemble(run: Run, minutes: float) -> None:
     if attributes.exists():
         for file in attributes.parent.glob("attributes.*"):
             shutil.copy(file, run.out / "scorer" / file.name)
+    for file in run.out.rglob("*.onnx"):
+        store_half(file)
     total = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file())
     print(f"{run.out}: {total / 1e6:.1f} MB")
+
+
+def store_half(path: Path) -> None:
+    """Halve an ONNX file: its weights become float16, each cast back where it is used.
+
+    ONNX Runtime folds the casts when it loads, so the nets still compute in float32.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
+            name = weight.name
+            half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), name + "_half")
+            weight.CopyFrom(half)
+            casts.append(helper.make_node("Cast", [name + "_half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(casts + nodes)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
 STAGES: dict[str, Callable[[Run, float], None]] = {

@@ -1,0 +1,184 @@
+"""The mini's recipe at tiny size: what each stage may change, and what its samples depend on."""
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx import load as load_onnx
+from onnx import save as save_onnx
+
+from facesnap.ffrnet import FFRNet
+from facesnap.landmarks import eye_distance
+from facesnap.synthetic import captions, sample_person, sample_picture
+from facesnap.synthetic.shards import write_shard
+from facesnap.training import diffusion, mini
+from facesnap.training.data import load_people
+from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
+from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, save_face_encoder
+from facesnap.training.features import Features, head_masks, make_head_model
+from facesnap.training.text import encode_text, make_text_encoders, token_ids, train_tokenizer
+from facesnap.training.trainer import Trainer, TrainerConfig
+
+SIZE, GRID = 64, 4
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    write_shard((folder / "people.tar", 0, 4, 3, SIZE))
+    return load_people(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(people):
+    return train_tokenizer(people.prompts + people.rich)
+
+
+def make_stage(people, tokenizer, monkeypatch, *, joint: bool, **options) -> DiffusionStage:
+    monkeypatch.setattr(diffusion, "WIDTHS", (32, 32, 32))
+    torch.manual_seed(0)
+    text, text_2 = make_text_encoders(tokenizer, (32, 32), (2, 2))
+    unet = make_unet(4, GRID, 64, 32)
+    ffrnet = FFRNet.from_unet(unet, vae_scale_factor=16, conditioning_embedding_out_channels=(4, 8, 8, 8, 8))
+    parts = Parts(unet, text, text_2, tokenizer, make_mixer(32, 64, 32), ffrnet)
+    n = len(people)
+    rng = np.random.default_rng(0)
+    features = Features(
+        found=np.ones(n, bool),
+        embeddings=rng.standard_normal((n, 512)).astype(np.float32),
+        crops=np.zeros((n, 1, 1, 3), np.uint8),
+        fitted=people.landmarks.copy(),
+        points68=np.zeros((n, 68, 3), np.float32),
+    )
+    latents = rng.standard_normal((n, 4, GRID, GRID)).astype(np.float16)
+    clip = rng.standard_normal((n, 5, 32)).astype(np.float16)
+    return DiffusionStage(
+        parts, people, features, latents, clip, joint=joint, batch_size=4, control_size=SIZE, **options
+    )
+
+
+def snapshot(modules) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": v.clone() for n, m in modules.items() for k, v in m.state_dict().items()}
+
+
+def test_the_papers_stage_leaves_the_base_alone(people, tokenizer, monkeypatch, tmp_path) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    base, ours = snapshot(stage.parts.base()), snapshot(stage.parts.ours())
+    Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
+    assert all(torch.equal(v, base[k]) for k, v in snapshot(stage.parts.base()).items())
+    after = snapshot(stage.parts.ours())
+    assert any(not torch.equal(v, ours[k]) for k, v in after.items() if k.startswith("mixer"))
+    assert any(not torch.equal(v, ours[k]) for k, v in after.items() if k.startswith("ffrnet"))
+
+
+def test_the_joint_stage_teaches_every_part(people, tokenizer, monkeypatch, tmp_path) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    before = snapshot(stage.modules())
+    Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
+    after = snapshot(stage.modules())
+    for name in stage.modules():
+        assert any(not torch.equal(after[k], before[k]) for k in after if k.startswith(name)), name
+
+
+def test_without_ffrnet_the_face_says_nothing(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True, without_ffrnet=0.5)
+    for block in [*stage.parts.ffrnet.controlnet_down_blocks, stage.parts.ffrnet.controlnet_mid_block]:
+        torch.nn.init.normal_(block.weight)  # a new FFRNet says nothing at all
+    batch = stage.batch(np.random.default_rng(0))
+    batch["ffrnet"] = torch.tensor([True, False, True, False])
+    other = batch | {"embeddings": batch["embeddings"] + 1, "control": 255 - batch["control"]}
+
+    def prediction(b):
+        with torch.no_grad():
+            return stage.predict(b["latents"], torch.full((4,), 500), b, *stage.conditions(b))
+
+    change = (prediction(batch) - prediction(other)).abs().amax((1, 2, 3))
+    assert (change[[0, 2]] > 1e-4).all() and (change[[1, 3]] == 0).all()
+
+
+def test_references_are_other_photos_of_the_same_person(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    for row, others in stage.references.items():
+        assert row not in others
+        assert (people.person[others] == people.person[row]).all()
+        assert all(people.styles[i] == "photo" for i in others)
+
+
+def test_a_batch_is_a_function_of_its_seed(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    one, two = (stage.batch(np.random.default_rng((3, 7))) for _ in range(2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_masks_cover_face_and_hair_only(people) -> None:
+    masks = head_masks(people, GRID)
+    share = np.isin(people.masks[0], (1, 2)).mean()
+    assert masks.shape == (len(people), 1, GRID, GRID)
+    assert abs(float(masks[0].astype(np.float32).mean()) - share) < 0.01
+
+
+def test_every_word_of_the_captions_is_one_token(tokenizer, people) -> None:
+    for word in {w for text in people.prompts + people.rich for w in text.replace(",", " ").split()}:
+        assert len(tokenizer(word).input_ids) == 3, word
+    ids = token_ids(tokenizer, ["Zoë's 猫!", "a photo of a person"])
+    assert int(ids.max()) < len(tokenizer)
+    hidden, pooled = encode_text(make_text_encoders(tokenizer, (32, 64), (2, 2)), ids)
+    assert hidden.shape == (2, tokenizer.model_max_length, 96) and pooled.shape == (2, 64)
+
+
+def test_captions_of_the_whole_world_fit_the_tokenizer() -> None:
+    texts = [c for s in range(150) for c in captions(sample_picture(sample_person(s), 1), 1)]
+    tokenizer = train_tokenizer(texts)
+    assert max(len(ids) for ids in tokenizer(texts).input_ids) <= tokenizer.model_max_length
+
+
+def test_the_face_encoder_saved_alone_gives_the_same_features(people, tokenizer, tmp_path) -> None:
+    from transformers import CLIPVisionModel
+
+    encoder = make_face_encoder(64, 2, 32)
+    _, text = make_text_encoders(tokenizer, (32, 32), (2, 2))
+    stage = FaceEncoderStage(encoder, text, tokenizer, people, crops_of(people), batch_size=4)
+    batch = stage.batch(np.random.default_rng(0))
+    loss, _ = stage.loss(batch, 0, torch.Generator())
+    loss.backward()
+    assert encoder.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+    save_face_encoder(encoder, tmp_path)
+    alone = CLIPVisionModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        one = encoder(batch["pixels"], output_hidden_states=True).hidden_states[-2]
+        two = alone(batch["pixels"], output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(one, two)
+
+
+def test_the_minis_head_knows_its_own_people() -> None:
+    model = make_head_model(200, identities=30)
+    from facesnap.synthetic.head import landmarks
+
+    p = sample_person(90_000).parameters.copy()
+    p["eyelids"] = 1.0
+    true = landmarks(p[()])
+    basis = model.identity_basis.reshape(len(model.identity_basis), -1)
+    coefficients = np.linalg.lstsq(basis.T, (true - model.mean).ravel(), rcond=None)[0]
+    rest = model.points(coefficients, np.zeros(len(model.expression_basis)))
+    error = np.linalg.norm(rest - true, axis=1).mean()
+    assert error < 0.02 * eye_distance(model.mean)
+
+
+def test_half_stored_onnx_computes_the_same(tmp_path) -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 16))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8))],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "net.onnx"
+    save_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    mini.store_half(path)
+    import onnxruntime
+
+    x = np.ones((1, 16), np.float32)
+    (y,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    assert np.allclose(y, x @ weight, atol=1e-2)
+    assert load_onnx(path).graph.initializer[0].data_type == TensorProto.FLOAT16

@@ -37,10 +37,10 @@ TASKS = {"detection": "face detector", "landmark_3d_68": "3D landmark net", "rec
 class Face:
     """The largest face of a picture. Points are pixels of that picture, x right, y down.
 
-    box (4,) x0 y0 x1 y1; score of the detector, 0 for Haar; keypoints (5, 2): eyes, nose tip, mouth corners;
-    landmarks (68, 3): iBUG-68, z towards the camera in pixels, its zero meaningless; embedding (512,) not
-    normalised; crop (224, 224, 3) RGB uint8; size (height, width) of the picture; count of faces seen;
-    found_by "detector", "resized", "padded" or "haar"."""
+    box (4,) x0 y0 x1 y1; score of the detector, 0 for Haar; keypoints (5, 2) of the landmarks: eyes, nose
+    tip, mouth corners; landmarks (68, 3): iBUG-68, z towards the camera in pixels, its zero meaningless;
+    embedding (512,) not normalised; crop (224, 224, 3) RGB uint8; size (height, width) of the picture; count
+    of faces seen; found_by "detector", "resized", "padded" or "haar"."""
 
     box: np.ndarray
     score: float
@@ -55,11 +55,10 @@ class Face:
 
 @dataclass(frozen=True)
 class _Found:
-    """Boxes (N, 4) and key points (N, 5, 2) in the picture's pixels, scores (N,)."""
+    """Boxes (N, 4) in the picture's pixels, scores (N,)."""
 
     boxes: np.ndarray
     scores: np.ndarray
-    keypoints: np.ndarray | None
     by: str
 
 
@@ -81,9 +80,7 @@ class FaceAnalyser:
         self.pack_dir = _pack_folder(Path(pack_dir))
         self.sizes, self.threshold = sizes, threshold
         try:
-            analysis = FaceAnalysis(
-                name=str(self.pack_dir), allowed_modules=list(TASKS), providers=list(providers)
-            )
+            analysis = FaceAnalysis(name=str(self.pack_dir), allowed_modules=list(TASKS), providers=list(providers))
         except AssertionError:  # InsightFace's way of saying that no file looks like a detector
             raise InputError(_lacks(pack_dir, "detection")) from None
         except Exception as error:  # onnxruntime's and protobuf's errors share no ancestor but this
@@ -118,9 +115,7 @@ class FaceAnalyser:
         bgr = np.ascontiguousarray(image[..., ::-1])
         found = next((found for found in self._attempts(bgr) if len(found.boxes)), None)
         if found is None:
-            raise InputError(
-                "No face was found in the picture: use one that shows a face from the front, well lit."
-            )
+            raise InputError("No face was found in the picture: use one that shows a face from the front, well lit.")
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
         largest = int(sides.prod(axis=1).argmax())
         if sides[largest].max() < SMALLEST:
@@ -129,18 +124,19 @@ class FaceAnalyser:
                 "are needed: use a larger or closer picture."
             )
         box = found.boxes[largest]
-        if found.keypoints is None:
-            box, keypoints = self._settle(bgr, box)
-        else:
-            keypoints = found.keypoints[largest]
-        face = InsightFace(bbox=box, kps=keypoints, det_score=found.scores[largest])
-        landmarks = self._models["landmark_3d_68"].get(bgr, face)
+        if found.by == "haar":
+            box = self._settle(bgr, box)
+        face = InsightFace(bbox=box, det_score=found.scores[largest])
+        landmarks = np.asarray(self._models["landmark_3d_68"].get(bgr, face), np.float32)
+        # The landmark net looks at the face alone, larger than the detector saw it: its eyes, nose and mouth
+        # are twice as exact as the detector's five points, and a recogniser lives on its alignment.
+        face.kps = five_points(landmarks)
         embedding = self._models["recognition"].get(bgr, face)
         return Face(
             box=box.astype(np.float32),
             score=float(found.scores[largest]),
-            keypoints=keypoints.astype(np.float32),
-            landmarks=np.asarray(landmarks, np.float32),
+            keypoints=face.kps,
+            landmarks=landmarks,
             embedding=np.asarray(embedding, np.float32),
             crop=square_crop(image, box),
             size=(image.shape[0], image.shape[1]),
@@ -157,9 +153,9 @@ class FaceAnalyser:
         border = longer // 2
         grey = cv2.copyMakeBorder(bgr, *[border] * 4, cv2.BORDER_CONSTANT, value=(127, 127, 127))
         padded = self._detect(grey, list(self.sizes), "padded")
-        yield _Found(padded.boxes - border, padded.scores, _minus(padded.keypoints, border), "padded")
+        yield _Found(padded.boxes - border, padded.scores, "padded")
         boxes = haar(bgr)
-        yield _Found(boxes, np.zeros(len(boxes), np.float32), None, "haar")
+        yield _Found(boxes, np.zeros(len(boxes), np.float32), "haar")
 
     def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> _Found:
         """All faces seen at several input sizes, without doubles and without those much weaker than the best.
@@ -167,30 +163,25 @@ class FaceAnalyser:
         InsightFace shrinks with plain bilinear sampling; shrinking by area first spares small faces the
         aliasing."""
         detector = self._models["detection"]
-        rows, points = [np.zeros((0, 5), np.float32)], [np.zeros((0, 5, 2), np.float32)]
+        rows = [np.zeros((0, 5), np.float32)]
         for size in sizes:
             ratio = min(1.0, size / max(bgr.shape[:2]))
             shape = [max(1, round(side * ratio)) for side in bgr.shape[1::-1]]
             small = bgr if ratio == 1 else cv2.resize(bgr, shape, interpolation=cv2.INTER_AREA)
-            found, spots = detector.detect(small, input_size=(size, size), det_thresh=self.threshold)
+            found, _ = detector.detect(small, input_size=(size, size), det_thresh=self.threshold)
             scale = np.array(bgr.shape[1::-1]) / shape
             rows.append(found * np.r_[scale, scale, 1].astype(np.float32))
-            points.append(spots * scale.astype(np.float32))
-        row, spot = np.concatenate(rows), np.concatenate(points)
+        row = np.concatenate(rows)
         kept = np.array(detector.nms(row), dtype=int)
         kept = kept[row[kept, 4] >= WEAKEST * row[:, 4].max(initial=0)]
-        return _Found(row[kept, :4], row[kept, 4], spot[kept], by)
+        return _Found(row[kept, :4], row[kept, 4], by)
 
-    def _settle(self, bgr: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """From Haar's rough square to a box and key points of our kind: the landmark net is asked twice, the
-        second time with the box that its own first answer spans."""
-        for _ in range(2):
-            landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
-            flat = np.asarray(landmarks, np.float32)[:, :2]
-            low, high = flat.min(axis=0), flat.max(axis=0)
-            # A detector's box begins on the forehead, the landmarks with the brows.
-            box = np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]], np.float32)
-        return box, five_points(flat)
+    def _settle(self, bgr: np.ndarray, box: np.ndarray) -> np.ndarray:
+        """From Haar's rough square to a box of our kind: what the landmark net's first answer spans."""
+        landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
+        low, high = landmarks[:, :2].min(axis=0), landmarks[:, :2].max(axis=0)
+        # A detector's box begins on the forehead, the landmarks with the brows.
+        return np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]], np.float32)
 
 
 class Recogniser:
@@ -202,9 +193,7 @@ class Recogniser:
             raise InputError(f"There is no recogniser at {str(onnx_path)!r}: give the path of its ONNX file.")
         self._model = get_model(str(self.path), providers=list(providers))
         if self._model is None or self._model.taskname != "recognition":
-            raise InputError(
-                f"{str(onnx_path)!r} is no recogniser: its input must be 112 × 112, its output 512."
-            )
+            raise InputError(f"{str(onnx_path)!r} is no recogniser: its input must be 112 × 112, its output 512.")
 
     def embed(self, image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
         """RGB uint8 (H, W, 3) and five points (5, 2) in its pixels → embedding (512,), not normalised."""
@@ -266,10 +255,6 @@ def haar(bgr: np.ndarray) -> np.ndarray:
             low = squares[:, :2] + side * [0.08, 0.05]
             return (np.concatenate([low, low + side * [0.84, 1.0]], axis=1) / ratio).astype(np.float32)
     return np.zeros((0, 4), np.float32)
-
-
-def _minus(points: np.ndarray | None, border: int) -> np.ndarray | None:
-    return None if points is None else points - border
 
 
 def _pack_folder(folder: Path) -> Path:

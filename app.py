@@ -7,6 +7,7 @@ whose signatures do not move when the page does. Both go through the same `page.
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from facesnap.images import InputError
 from facesnap.templates import TEMPLATES
 from page import views
 from page.studio import (
@@ -434,7 +436,11 @@ def main() -> None:
     from facesnap.pipeline import FaceSnapPipeline
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    launch(build(FaceSnapPipeline.from_pretrained(os.environ.get("FACESNAP_MODEL", ASSETS / "mini"))))
+    try:
+        pipeline = FaceSnapPipeline.from_pretrained(os.environ.get("FACESNAP_MODEL", ASSETS / "mini"))
+    except InputError as error:
+        sys.exit(f"{error}\nThe environment variable FACESNAP_MODEL names the checkpoint to serve.")
+    launch(build(pipeline))
 
 
 if __name__ == "__main__":

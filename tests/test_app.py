@@ -74,9 +74,7 @@ def page(pipe, files, tmp_path_factory):
     for folder in ("templates", "examples"):
         (assets / folder).mkdir()
     for template in TEMPLATES:
-        Image.fromarray(thumbnail(template, pipe.head_model, 64)).save(
-            assets / "templates" / f"{template.name}.png"
-        )
+        Image.fromarray(thumbnail(template, pipe.head_model, 64)).save(assets / "templates" / f"{template.name}.png")
     Image.fromarray(photo(3)).save(assets / "examples" / "cleo.png")
     row = {"reference": "cleo.png", "pose": "quarter-left", "prompt": "in a red coat"}
     (assets / "examples" / "examples.json").write_text(json.dumps([row]))
@@ -133,9 +131,7 @@ def test_signatures_are_pinned(client):
             "pose_photo": None,
         },
     }
-    assert [[r["label"] for r in endpoint["returns"]] for endpoint in api.values()] == [
-        ["picture", "report"]
-    ] * 2
+    assert [[r["label"] for r in endpoint["returns"]] for endpoint in api.values()] == [["picture", "report"]] * 2
 
 
 def test_preview_draws_the_landmarks_and_says_which_face(client, files):
@@ -146,9 +142,7 @@ def test_preview_draws_the_landmarks_and_says_which_face(client, files):
 
     _, turned = client.predict(handle_file(files.ann), "quarter-left", None, api_name="/preview")
     assert turned["landmarks"] != report["landmarks"]
-    _, driven = client.predict(
-        handle_file(files.ann), "another photo", handle_file(files.bob), api_name="/preview"
-    )
+    _, driven = client.predict(handle_file(files.ann), "another photo", handle_file(files.bob), api_name="/preview")
     assert driven["landmarks"] not in (report["landmarks"], turned["landmarks"])
 
     _, crowd = client.predict(handle_file(files.group), "as in the photo", None, api_name="/preview")
@@ -242,6 +236,12 @@ def settled(slow: Slow) -> bool:
     before = slow.steps
     time.sleep(1)
     return slow.steps == before
+
+
+def test_a_missing_model_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("FACESNAP_MODEL", str(tmp_path / "nothing"))
+    with pytest.raises(SystemExit, match="There is no folder .*nothing.*\n.*FACESNAP_MODEL"):
+        app.main()
 
 
 # The studio -----------------------------------------------------------------------------------------------
@@ -455,9 +455,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(visit, files, scheme):
 # What the repository ships --------------------------------------------------------------------------------
 
 
-needs_mini = pytest.mark.skipif(
-    not MINI.exists() and not os.environ.get("CI"), reason="assets/mini is not built yet"
-)
+needs_mini = pytest.mark.skipif(not MINI.exists() and not os.environ.get("CI"), reason="assets/mini is not built yet")
 
 
 @needs_mini

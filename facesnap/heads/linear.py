@@ -7,10 +7,10 @@
 origin; at d = ∞ it is 1 and the camera scaled-orthographic. Portraits are taken from nearby: measured on
 rendered people seen from 6.5 units, d = 10 leaves 0.75 of the error that d = ∞ leaves.
 
-The fit is a maximum a posteriori one: landmark noise on one side, the spread of people and of expressions
-on the other. The camera enters linearised (Gauss-Newton), so that camera, identity and expression are
-solved together, where alternation lets each keep the others' errors. The identity is one for all pictures
-of a person.
+The fit is a maximum a posteriori one: landmark noise, measured as it goes, on one side, the spread of people and
+of expressions on the other. The camera enters linearised (Gauss-Newton), so that camera, identity and expression
+are solved together, where alternation lets each keep the others' errors. The identity is one for all pictures of
+a person.
 
 Head size: a picture cannot tell a large head from a near one. Nothing restrains the scale, while everything
 that makes a head larger costs by its spread; so what only enlarges a head is left to the camera, and every
@@ -40,6 +40,10 @@ from facesnap import landmarks
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+
+# Landmark noise, in eye distances. The errors of a landmark net go together in neighbouring points and so pass
+# for shape: only part of them is left over by a fit, hence the factor (measured on errors of both kinds).
+FIRST_NOISE, LEAST_NOISE, NEIGHBOURS_AGREE = 0.025, 0.002, 1.7
 
 _FLIP_Y = np.array([1.0, -1.0])
 _LEFT_JAW, _RIGHT_JAW = np.arange(0, 8), np.arange(9, 17)
@@ -113,6 +117,7 @@ class LinearHeadModel:
         *,
         num_identity: int,
         num_expression: int | None = None,
+        expression_weights: np.ndarray | None = None,
         expression_std: np.ndarray | float = 1.0,
         expression_names: Sequence[str] = (),
         nonnegative_expression: bool = False,
@@ -123,14 +128,19 @@ class LinearHeadModel:
 
         Identity: the first num_identity principal components, scaled so that a coefficient has standard
         deviation 1. The heads keep their place and size, because how these go with shape is worth knowing.
-        Expression: the offsets themselves (blendshapes, of the given standard deviation), or with
-        num_expression the principal components of offsets seen on many faces, about zero, since no offset
-        is the neutral face.
+        Expression: the offsets themselves (blendshapes, of the given standard deviation); or, of offsets seen
+        on many faces, with num_expression the principal components about zero, since no offset is the neutral
+        face; or with expression_weights (K, E), where it is known how much of E named expressions is in each,
+        the offset that goes with each of these (least squares).
         """
         mean = neutral.mean(axis=0)
         identity_basis = _principal_components(neutral - mean, num_identity)
         if num_expression is not None:
             expressions = _principal_components(expressions, num_expression)
+        if expression_weights is not None:
+            flat = np.linalg.lstsq(expression_weights, expressions.reshape(len(expressions), -1), rcond=None)[0]
+            expressions = flat.reshape(-1, landmarks.NUM, 3)
+            expression_std = np.sqrt((expression_weights**2).mean(axis=0))
         return cls(
             mean=mean.astype(np.float32),
             identity_basis=identity_basis.astype(np.float32),
@@ -230,9 +240,9 @@ class LinearHeadModel:
         points: np.ndarray | Sequence[np.ndarray],
         sizes: tuple[int, int] | Sequence[tuple[int, int]],
         *,
-        noise: float = 0.025,
+        noise: float | None = None,
         expression_noise: float = 1.5,
-        iterations: int = 5,
+        iterations: int = 6,
     ) -> list[Head]:
         """Landmarks of one or several pictures of ONE person → a Head for each, all of the same identity.
 
@@ -241,7 +251,7 @@ class LinearHeadModel:
             landmark_3d_68 (its mean shape has the nose at +0.6, the temples at −0.3) or away from it: the
             nose tells.
         sizes: (height, width) of each picture.
-        noise: standard deviation of a landmark, in eye distances.
+        noise: standard deviation of a landmark, in eye distances; None measures it from what the fit leaves.
         expression_noise: the factor by which expressions are held closer to neutral than their spread says;
             what is taken for expression too easily is the driver's identity.
         """
@@ -249,8 +259,11 @@ class LinearHeadModel:
         pictures = [_Picture(array, self.mean) for array in arrays]
         identity = np.zeros(self.num_identity)
         expressions = np.zeros((len(pictures), self.num_expression))
-        for _ in range(iterations):
-            identity, expressions = self._step(pictures, identity, expressions, noise, expression_noise)
+        level = FIRST_NOISE if noise is None else noise
+        for step in range(iterations):
+            identity, expressions, left = self._step(pictures, identity, expressions, level, expression_noise)
+            if noise is None and step > 0:  # the first step still has the first camera's error in it
+                level = max(NEIGHBOURS_AGREE * left, LEAST_NOISE)
         return [
             Head(
                 identity=identity.astype(np.float32),
@@ -260,9 +273,7 @@ class LinearHeadModel:
                 translation=picture.translation[:2] * _FLIP_Y,
                 size=(int(size[0]), int(size[1])),
             )
-            for picture, expression, size in zip(
-                pictures, expressions, np.reshape(sizes, (-1, 2)), strict=True
-            )
+            for picture, expression, size in zip(pictures, expressions, np.reshape(sizes, (-1, 2)), strict=True)
         ]
 
     def _step(
@@ -272,8 +283,9 @@ class LinearHeadModel:
         expressions: np.ndarray,
         noise: float,
         expression_noise: float,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One Gauss-Newton step: moves the pictures' cameras, returns the new coefficients (I,), (K, E).
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """One Gauss-Newton step: moves the pictures' cameras, returns the new coefficients (I,), (K, E) and
+        the noise that this solution leaves, in eye distances.
 
         Unknowns in order: identity, a camera for each picture, an expression for each picture. The rows of
         a picture are divided by its scale, so that all pictures are measured in model units.
@@ -284,6 +296,7 @@ class LinearHeadModel:
         total = free + len(pictures) * self.num_expression
         normal, right = np.zeros((total, total)), np.zeros(total)
         sigma = noise * self.eye_distance
+        energy, rows = 0.0, 0  # of the weighted target
         for k, picture in enumerate(pictures):
             shape = self.points(identity, expressions[k])
             columns = np.r_[
@@ -301,15 +314,22 @@ class LinearHeadModel:
             target = picture.target(shape, self.distance) - picture.turn(self.mean)
             weights = picture.weights() / sigma
             jacobian = (jacobian * weights).reshape(len(columns), -1)
+            target = (target * weights).ravel()
             normal[np.ix_(columns, columns)] += jacobian @ jacobian.T
-            right[columns] += jacobian @ (target * weights).ravel()
+            right[columns] += jacobian @ target
+            energy += target @ target
+            rows += len(target)
         prior = np.zeros(total)
         prior[:count] = 1 / self.identity_std**2
         prior[free:] = np.tile((expression_noise / self.expression_std) ** 2, len(pictures))
         solution = _ridge(normal + np.diag(prior), right, free, self.nonnegative_expression)
+        # Squared residual over degrees of freedom; an unknown that its prior holds uses up less than one.
+        residual = max(energy - 2 * solution @ right + solution @ normal @ solution, 0.0)
+        held = np.trace(np.linalg.solve(normal + np.diag(prior), np.diag(prior)))
+        left = noise * math.sqrt(residual / (rows - total + held))
         for k, picture in enumerate(pictures):
             picture.move(solution[count + k * camera : count + (k + 1) * camera])
-        return solution[:count], solution[free:].reshape(len(pictures), self.num_expression)
+        return solution[:count], solution[free:].reshape(len(pictures), self.num_expression), left
 
 
 class _Picture:

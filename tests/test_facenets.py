@@ -165,12 +165,17 @@ def test_a_picture_without_faces_has_a_loss():
 def test_prototypes_start_where_the_parameters_say():
     """People with like parameters start close, others do not."""
     torch.manual_seed(0)
-    net = RecogniserNet((4, 4, 4, 4, 4), (1, 1, 1, 1), people=3, parameters=20)
     identities = torch.randn(3, 20)
     identities[1] = identities[0] + 0.01
-    net.start_prototypes(identities)
-    unit = torch.nn.functional.normalize(net.prototypes)
+    net = RecogniserNet((4, 4, 4, 4, 4), (1, 1, 1, 1), identities=identities)
+    unit = torch.nn.functional.normalize(net.prototypes(net.identities))
     assert unit[0] @ unit[1] > 0.99 > 0.5 > unit[0] @ unit[2]
+
+
+def test_a_mirrored_face_is_the_same_person():
+    net = settled(RecogniserNet((4, 4, 8, 8, 8), (1, 1, 1, 1)), 4, 3, 112, 112)
+    crops = torch.randn(2, 3, 112, 112)
+    assert torch.allclose(net(crops), net(crops.flip(3)), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -190,6 +195,12 @@ def test_all_three_train_log_and_export(faces, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     for measured in ("TAR@1e-3", "recall", "eyes", "min left"):
         assert measured in said
+    crops = torch.randn(2, 3, 112, 112, requires_grad=True)
+    net = facenets.load_recogniser(tmp_path / "recogniser_A.safetensors")
+    found = onnxruntime.InferenceSession(tmp_path / "recogniser_A.onnx").run(None, {"input": crops.detach().numpy()})
+    assert np.abs(found[0] - net(crops).detach().numpy()).max() < 1e-3
+    net(crops).sum().backward()  # the identity loss needs the gradient of its input, and of nothing else
+    assert crops.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
     assert {path.name for path in tmp_path.glob("*.onnx")} == {
         "recogniser_A.onnx",
         "detector.onnx",
@@ -289,16 +300,12 @@ def test_insightface_decodes_the_detector_as_we_do(tmp_path):
     theirs.prepare(0, nms_thresh=1.0)  # keep all
     found, spots = theirs.detect(image[..., ::-1], input_size=(128, 128), det_thresh=0.5)
     with torch.no_grad():
-        logits, boxes, points = net.decode(
-            net(facenets.to_input(image[None], 128.0, torch.device("cpu"))), 128, 128
-        )
+        logits, boxes, points = net.decode(net(facenets.to_input(image[None], 128.0, torch.device("cpu"))), 128, 128)
     scores = logits[0].sigmoid()
     order = scores.argsort(descending=True)[: len(found)]
     assert len(found) == int((scores >= 0.5).sum()) > 10
     best = int(order[0])
-    assert np.allclose(found[0, :4], boxes[0, best], atol=0.05) and np.allclose(
-        spots[0], points[0, best], atol=0.05
-    )
+    assert np.allclose(found[0, :4], boxes[0, best], atol=0.05) and np.allclose(spots[0], points[0, best], atol=0.05)
 
 
 def test_insightface_reads_the_landmarks_back(tmp_path):
@@ -307,9 +314,7 @@ def test_insightface_reads_the_landmarks_back(tmp_path):
     model = get_model(str(tmp_path / "landmarks.onnx"), providers=["CPUExecutionProvider"])
     assert model.taskname == "landmark_3d_68"
     image = np.random.default_rng(0).integers(0, 256, (192, 192, 3), dtype=np.uint8)
-    face = type(
-        "Face", (dict,), {"bbox": np.array([32.0, 32, 160, 160])}
-    )()  # 1.5 × 128 = 192: the crop is the picture
+    face = type("Face", (dict,), {"bbox": np.array([32.0, 32, 160, 160])})()  # 1.5 × 128 = 192: the crop is the picture
     found = model.get(image[..., ::-1], face)
     with torch.no_grad():
         raw = net(facenets.to_input(image[None], 128.0, torch.device("cpu")))[0].numpy()
@@ -318,7 +323,7 @@ def test_insightface_reads_the_landmarks_back(tmp_path):
 
 
 def test_recogniser_onnx_equals_torch_and_drops_what_only_training_needs(tmp_path):
-    net = settled(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1), people=50, parameters=9), 4, 3, 112, 112)
+    net = settled(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1), identities=torch.randn(50, 9)), 4, 3, 112, 112)
     facenets.export_recogniser(net, tmp_path / "a.onnx")
     crops = torch.randn(3, 3, 112, 112)
     with torch.no_grad():

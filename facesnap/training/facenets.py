@@ -22,6 +22,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -266,7 +268,9 @@ class IRBlock(nn.Module):
 class RecogniserNet(nn.Module):
     """Aligned crops (B, 3, 112, 112), (x − 127.5) / 127.5 → embeddings (B, 512), not normalised.
 
-    While it trains it also holds one prototype per person, and a head that reads the renderer's parameters
+    In evaluation mode the embedding is the mean of the crop's and of its mirror image's.
+
+    While it trains it also holds a prototype of every person and a head that reads the renderer's parameters
     off the last features: learning what a face *is* teaches it faster than telling faces apart does. Neither
     is exported."""
 
@@ -276,9 +280,10 @@ class RecogniserNet(nn.Module):
         depths: tuple[int, ...] = (1, 2, 2, 2),
         *,
         embedding: int = 512,
-        people: int = 0,
-        parameters: int = 0,
+        identities: Tensor | None = None,
     ):
+        """identities (people, P): each person's standardised parameters; None for a net that does not
+        train."""
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, 2, 1, bias=False),
@@ -292,34 +297,47 @@ class RecogniserNet(nn.Module):
         self.embed = nn.Sequential(
             nn.Linear(widths[-1] * 16, embedding, bias=False), nn.BatchNorm1d(embedding, affine=False)
         )
-        self.prototypes = nn.Parameter(torch.empty(people, embedding)) if people else None
-        self.regress = nn.Linear(widths[-1] * 16, parameters) if parameters else None
-        if people:
-            nn.init.normal_(self.prototypes, std=0.05)
+        if identities is not None:
+            self.register_buffer("identities", identities, persistent=False)
+            self.prototypes = Prototypes(identities.shape[1], embedding)
+            self.regress = nn.Linear(widths[-1] * 16, identities.shape[1])
 
     def forward(self, crops: Tensor) -> Tensor:
-        return self.embed(self.body(self.stem(crops))).float()
+        if self.training:
+            return self.embed(self.body(self.stem(crops))).float()
+        both = torch.cat([crops, crops.flip(3)])
+        one, mirrored = self.embed(self.body(self.stem(both))).float().chunk(2)
+        return (one + mirrored) / 2
 
-    def start_prototypes(self, identities: Tensor) -> None:
-        """Begin with a random projection of each person's standardised parameters (people, P): who looks
-        alike is then close from the first step, which makes learning many times faster than random prototypes
-        do."""
-        with torch.no_grad():
-            projection = torch.randn(identities.shape[1], self.prototypes.shape[1])
-            start = identities @ projection * (0.05 / identities.shape[1] ** 0.5)
-            self.prototypes.copy_(start - start.mean(0))
-
-    def loss(
-        self, crops: Tensor, person: Tensor, parameters: Tensor, margin: float = 0.3
-    ) -> dict[str, Tensor]:
-        """CosFace with scale 30; parameters (B, P) standardised, for the regression head."""
+    def loss(self, crops: Tensor, person: Tensor, margin: float = 0.3) -> dict[str, Tensor]:
+        """CosFace with scale 30, and the parameters' regression; person (B,) indexes `identities`."""
         features = self.body(self.stem(crops))
-        cosine = F.normalize(self.embed(features).float()) @ F.normalize(self.prototypes).T
-        target = F.one_hot(person, len(self.prototypes))
-        losses = {"id": F.cross_entropy(30 * (cosine - margin * target), person)}
-        if self.regress is not None:
-            losses["parameters"] = 4 * F.smooth_l1_loss(self.regress(features).float(), parameters)
-        return losses
+        prototypes = self.prototypes(self.identities).float()
+        cosine = F.normalize(self.embed(features).float()) @ F.normalize(prototypes).T
+        target = F.one_hot(person, len(prototypes))
+        return {
+            "id": F.cross_entropy(30 * (cosine - margin * target), person),
+            "parameters": 4 * F.smooth_l1_loss(self.regress(features).float(), self.identities[person]),
+        }
+
+
+class Prototypes(nn.Module):
+    """Where on the sphere a person with given parameters (…, P) belongs: a random projection to begin with,
+    so that who looks alike is close from the first step, which makes learning many times faster.
+
+    Prototypes that are free to move remember the people of the training set; a map that all people share must
+    learn which parameters show in a picture, and holds for people never seen."""
+
+    def __init__(self, parameters: int, embedding: int, hidden: int = 256):
+        super().__init__()
+        self.project = nn.Linear(parameters, embedding, bias=False)
+        self.bend = nn.Sequential(nn.Linear(parameters, hidden), nn.ReLU(), nn.Linear(hidden, embedding))
+        nn.init.normal_(self.project.weight, std=parameters**-0.5)
+        nn.init.zeros_(self.bend[-1].weight)
+        nn.init.zeros_(self.bend[-1].bias)
+
+    def forward(self, identities: Tensor) -> Tensor:
+        return self.project(identities) + self.bend(identities)
 
 
 # Widths and depths differ on purpose: a net that scores must not share the blind spots of the one that
@@ -461,10 +479,7 @@ def train_detector(
 
     def batch(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         size = int(rng.choice((160, 192, 256), p=(0.3, 0.4, 0.3)))
-        scenes = [
-            views.scene(faces, training, backgrounds, rng, size)
-            for _ in range(batch_size * 192**2 // size**2)
-        ]
+        scenes = [views.scene(faces, training, backgrounds, rng, size) for _ in range(batch_size * 192**2 // size**2)]
         most = max(1, max(len(boxes) for _, boxes, _ in scenes))
         boxes, points = np.zeros((len(scenes), most, 4), "f4"), np.zeros((len(scenes), most, 5, 2), "f4")
         real = np.zeros((len(scenes), most), bool)
@@ -560,9 +575,7 @@ def train_landmarks(
             errors.append(np.linalg.norm((found - truth)[..., :2], axis=-1).mean(1) / corners)
             depths.append(np.abs((found - truth)[..., 2]).mean(1) / corners)
         errors, depths = np.concatenate(errors), np.concatenate(depths)
-        return (
-            f"error {errors.mean():.4f} median {np.median(errors):.4f} depth {depths.mean():.4f} of the eyes"
-        )
+        return f"error {errors.mean():.4f} median {np.median(errors):.4f} depth {depths.mean():.4f} of the eyes"
 
     trained = train(net, batch, validate, out, "landmarks", minutes=minutes, seed=seed, **options)
     export_landmarks(trained, out / "landmarks.onnx")
@@ -580,20 +593,16 @@ def train_recogniser(
     **options,
 ) -> RecogniserNet:
     """Train recogniser "A", "B" or "C" on aligned crops; write `out/recogniser_VARIANT.onnx` and, for the
-    identity loss, its weights as `out/recogniser_VARIANT.safetensors`."""
+    identity loss, `out/recogniser_VARIANT.safetensors`, which `load_recogniser` reads."""
     seed = 20 + ord(variant)
     torch.manual_seed(seed)
     training, held_out = split(faces)
-    people = int(faces.person[training].max()) + 1
-    shown = faces.parameters[training]
-    varies = shown.std(0) > 1e-6
-    standard = np.clip((faces.parameters - shown.mean(0)) / np.where(varies, shown.std(0), 1), -2.5, 2.5)
-    targets = standard[:, varies]
+    first = training[np.unique(faces.person[training], return_index=True)[1]]
+    known = faces.parameters[first][:, faces.is_identity]
+    known = known[:, known.std(0) > 1e-6]
+    identities = np.clip((known - known.mean(0)) / known.std(0), -2.5, 2.5).astype(np.float32)
     place = torch.device(device)
-    net = RecogniserNet(**RECOGNISERS[variant], people=people, parameters=targets.shape[1])
-    first = np.unique(faces.person[training], return_index=True)[1]
-    net.start_prototypes(torch.from_numpy(standard[training][first][:, varies & faces.is_identity]).float())
-    net = net.to(device)
+    net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities)).to(device)
     order: list[int] = []
 
     def batch(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
@@ -601,24 +610,37 @@ def train_recogniser(
             order.extend(rng.permutation(training).tolist())
         chosen, order[:] = order[:batch_size], order[batch_size:]
         crops = np.stack([views.aligned_view(faces, index, rng) for index in chosen])
+        mirrored = rng.random(batch_size) < 0.5
+        crops[mirrored] = crops[mirrored, :, ::-1]
         return {
             "crops": to_input(crops, 127.5, place),
             "person": torch.from_numpy(faces.person[chosen]).to(place),
-            "parameters": torch.from_numpy(targets[chosen].astype(np.float32)).to(place),
             "margin": 0.3 * min(1.0, progress / 0.3),
         }
 
     @torch.no_grad()
     def validate(model: nn.Module) -> str:
         rng = np.random.default_rng(5)
-        chosen = held_out[:1200]
+        chosen = held_out[:1000]
         crops = [views.aligned_view(faces, index, rng, jitter=0) for index in chosen]
-        parts = [model(to_input(np.stack(crops[k : k + 64]), 127.5, place)) for k in range(0, len(crops), 64)]
+        parts = [model(to_input(np.stack(crops[k : k + 50]), 127.5, place)) for k in range(0, len(crops), 50)]
         return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
 
     trained = train(net, batch, validate, out, f"recogniser_{variant}", minutes=minutes, seed=seed, **options)
+    kept = [k for k in trained.state_dict() if not k.startswith(("prototypes", "regress"))]
+    weights = {key: trained.state_dict()[key].contiguous() for key in kept}  # undoes channels last
+    save_file(weights, out / f"recogniser_{variant}.safetensors", metadata={"variant": variant})
     export_recogniser(trained, out / f"recogniser_{variant}.onnx")
     return trained
+
+
+def load_recogniser(path: Path) -> RecogniserNet:
+    """The trained net of `recogniser_VARIANT.safetensors`, frozen, in evaluation mode, differentiable in its
+    input: φ of the identity loss."""
+    with safe_open(path, "pt") as file:
+        net = RecogniserNet(**RECOGNISERS[file.metadata()["variant"]])
+        net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return net.eval().requires_grad_(False)
 
 
 def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> str:
@@ -687,9 +709,7 @@ def to_onnx(net: nn.Module, example: Tensor, path: Path, outputs: list[str], axe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", required=True, choices=("detector", "landmarks", "A", "B", "C"))
     parser.add_argument("--data", required=True, type=Path, help="folder of shards")
     parser.add_argument("--out", required=True, type=Path)

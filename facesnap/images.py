@@ -17,6 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 # program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on damaged data
+DAMAGED = "The picture is damaged or cut short: save or upload it again."
+
 TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
@@ -46,36 +49,32 @@ def open_image(
         return _finish(source, max_pixels, max_side)
     if isinstance(source, (str, Path)):
         try:
-            source = Path(source).read_bytes()
+            data = Path(source).read_bytes()
         except OSError as error:
             name = Path(source).name
             raise InputError(f"The picture {name!r} cannot be read: give an existing image file.") from error
-    if not isinstance(source, bytes):
-        raise InputError(
-            f"A picture cannot be a {type(source).__name__}: give a file, its bytes or an array."
-        )
-    if not source:
+    elif isinstance(source, bytes):
+        data = source
+    else:
+        raise InputError(f"A picture cannot be a {type(source).__name__}: give a file, its bytes or an array.")
+    if not data:
         raise InputError("The picture's file is empty: upload it again.")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # a Pillow may be built without AVIF
     try:
-        # Pillow's own guard against bombs warns at 89 million pixels; ours stands below it and comes first.
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]  # a Pillow may be built without AVIF
-        with Image.open(io.BytesIO(source), formats=formats) as picture:
-            return _finish(picture, max_pixels, max_side)
-    except InputError:
-        raise
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise InputError(_too_many("far too many", max_pixels)) from error
+        opened = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:  # Pillow's own guard, at 179 million pixels
+        raise InputError(_too_many("far too many", max_pixels)) from error
+    except UnidentifiedImageError as error:
         raise InputError("This file is not a picture we can read: use JPEG, PNG or WebP.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises on damaged data
-        raise InputError("The picture is damaged or cut short: save or upload it again.") from error
+    except DAMAGE as error:
+        raise InputError(DAMAGED) from error
+    with opened:
+        return _finish(opened, max_pixels, max_side)
 
 
 def _too_many(size: str, max_pixels: int) -> str:
-    return (
-        f"The picture has {size} pixels; at most {max_pixels / 1e6:g} million are allowed: make it smaller."
-    )
+    return f"The picture has {size} pixels; at most {max_pixels / 1e6:g} million are allowed: make it smaller."
 
 
 def _finish(picture: Image.Image, max_pixels: int, max_side: int) -> np.ndarray:
@@ -84,10 +83,12 @@ def _finish(picture: Image.Image, max_pixels: int, max_side: int) -> np.ndarray:
         raise InputError(_too_many(f"{width} × {height}", max_pixels))
     if width < 1 or height < 1:
         raise InputError(f"The picture is {width} × {height} pixels: there is nothing in it.")
-    if picture.format in ("JPEG", "MPO") and max(width, height) > 2 * max_side:
-        picture.draft("RGB", (max_side, max_side))  # decode at a half or less: never below max_side
-    upright = ImageOps.exif_transpose(picture)
-    rgb = _rgb(upright)
+    try:
+        if picture.format == "JPEG" and max(width, height) > 2 * max_side:
+            picture.draft("RGB", (max_side, max_side))  # decode at a half or less: never below max_side
+        rgb = _rgb(ImageOps.exif_transpose(picture))
+    except DAMAGE as error:  # Pillow decodes only now
+        raise InputError(DAMAGED) from error
     if max(rgb.size) > max_side:
         rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return np.array(rgb, dtype=np.uint8)
@@ -110,9 +111,7 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
-        raise InputError(
-            f"An array of shape {array.shape} is no picture: give (H, W), (H, W, 3) or (H, W, 4)."
-        )
+        raise InputError(f"An array of shape {array.shape} is no picture: give (H, W), (H, W, 3) or (H, W, 4).")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.uint16:
@@ -120,9 +119,7 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(np.min(array)), float(np.max(array))
         if not (low >= 0.0 and high <= 1.0):  # also true of NaN
-            raise InputError(
-                f"A float picture must lie in [0, 1], this one runs from {low:g} to {high:g}: rescale it."
-            )
+            raise InputError(f"A float picture must lie in [0, 1], this one runs from {low:g} to {high:g}: rescale it.")
         return (array * 255 + 0.5).astype(np.uint8)
     raise InputError(f"An array of {array.dtype} is no picture: give uint8, uint16 or floats in [0, 1].")
 

@@ -137,6 +137,11 @@ def test_refusals_are_one_sentence_with_a_remedy(source, message):
     assert ":" in str(refused.value) and str(refused.value).endswith(".")
 
 
+def test_a_lazily_opened_picture_that_is_cut_short_is_refused_too():
+    with pytest.raises(InputError, match="damaged"):
+        open_image(Image.open(io.BytesIO(encoded(picture(200, 200), "JPEG")[:900])))
+
+
 def test_saved_png_says_that_a_model_made_it(tmp_path):
     image = np.array(picture())
     save_png(image, tmp_path / "out.png", info={"prompt": "a person, façade & <b>", "seed": "7"})

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -342,7 +343,7 @@ class Prototypes(nn.Module):
 
 # Widths and depths differ on purpose: a net that scores must not share the blind spots of the one that
 # conditions.
-RECOGNISERS = {
+RECOGNISERS: dict[str, dict[str, Any]] = {
     "A": {"widths": (24, 32, 64, 96, 128), "depths": (1, 2, 2, 2)},
     "B": {"widths": (20, 32, 56, 96, 120), "depths": (1, 1, 2, 2)},
     "C": {"widths": (16, 40, 64, 112, 128), "depths": (1, 1, 3, 1)},
@@ -574,8 +575,8 @@ def train_landmarks(
             corners = np.linalg.norm(truth[:, 36] - truth[:, 45], axis=-1)  # 3D: the frontal distance
             errors.append(np.linalg.norm((found - truth)[..., :2], axis=-1).mean(1) / corners)
             depths.append(np.abs((found - truth)[..., 2]).mean(1) / corners)
-        errors, depths = np.concatenate(errors), np.concatenate(depths)
-        return f"error {errors.mean():.4f} median {np.median(errors):.4f} depth {depths.mean():.4f} of the eyes"
+        error, depth = np.concatenate(errors), np.concatenate(depths).mean()
+        return f"error {error.mean():.4f} median {np.median(error):.4f} depth {depth:.4f} of the eyes"
 
     trained = train(net, batch, validate, out, "landmarks", minutes=minutes, seed=seed, **options)
     export_landmarks(trained, out / "landmarks.onnx")

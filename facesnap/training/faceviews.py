@@ -75,10 +75,10 @@ def face_set(images, masks, landmarks, landmarks3d, person, parameters) -> FaceS
         lift = 0.45 * (brows[:, 1].mean() - head[8, 1])
         forehead = brows + np.array([0, lift, -0.3 * lift], np.float32)
         outlines.append(np.concatenate([flat, forehead @ np.stack([right, down], 1) + centre]))
-    points = np.stack(points).astype(np.float32)
+    solid = np.stack(points).astype(np.float32)
     return FaceSet(
-        images=images, masks=masks, points=points, outlines=np.stack(outlines).astype(np.float32),
-        keypoints=five(points), person=person, parameters=parameters, is_identity=spread < 1e-6,
+        images=images, masks=masks, points=solid, outlines=np.stack(outlines).astype(np.float32),
+        keypoints=five(solid), person=person, parameters=parameters, is_identity=spread < 1e-6,
     )  # fmt: skip
 
 
@@ -90,9 +90,7 @@ def box_of(outline: np.ndarray) -> np.ndarray:
 def load(folder: Path) -> FaceSet:
     """The rendered people whose shards lie in `folder` (facesnap.training.data)."""
     people = load_people(folder)
-    return face_set(
-        people.images, people.masks, people.landmarks, people.landmarks3d, people.person, people.parameters
-    )
+    return face_set(people.images, people.masks, people.landmarks, people.landmarks3d, people.person, people.parameters)
 
 
 def _camera(head: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -198,9 +196,7 @@ def colour(rng: Rng) -> tuple[int, ...]:
     """Any colour, or one of the browns between skin, wood and sand, which a detector must not fall for."""
     if rng.random() < 0.5:
         return tuple(int(v) for v in rng.integers(0, 256, 3))
-    return tuple(
-        int(v) for v in rng.uniform(0.2, 1) * np.array([235, rng.uniform(140, 210), rng.uniform(90, 180)])
-    )
+    return tuple(int(v) for v in rng.uniform(0.2, 1) * np.array([235, rng.uniform(140, 210), rng.uniform(90, 180)]))
 
 
 def shapes(image: np.ndarray, rng: Rng, count: int) -> None:
@@ -236,9 +232,7 @@ def ball(image: np.ndarray, rng: Rng, centre: np.ndarray, axes: np.ndarray) -> N
     x, y = (x - centre[0]) / axes[0], (y - centre[1]) / axes[1]
     depth = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
     light = rng.normal(size=3) + [0, -0.5, 1.5]
-    shade = 0.35 + 0.65 * np.clip(
-        (x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1
-    )
+    shade = 0.35 + 0.65 * np.clip((x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1)
     painted = np.array(colour(rng), np.float32) * shade[..., None]
     spots = np.ascontiguousarray(np.broadcast_to(np.uint8(0), part.shape[:2]))
     for _ in range(int(rng.integers(0, 5))):
@@ -265,9 +259,7 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
             image += decay**octave * stretched.reshape(size, size, channels)
         image = (image - image.mean()) / (image.std() + 1e-3)
         if rng.random() < 0.5:  # as a height, lit from a side: folds, rock, fur
-            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(
-                image.shape
-            )
+            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(image.shape)
             image = slope / (slope.std() + 1e-3)
         image = np.array(colour(rng), np.float32) + image * np.abs(rng.normal(20, 35, 3)).astype(np.float32)
     elif kind < 0.65:
@@ -282,9 +274,7 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
         picture = pictures[rng.integers(len(pictures))]
         n = int(rng.integers(4, 9))  # too fine for a whole face
         part = picture.shape[0] // n
-        tiles = [
-            picture[i * part : (i + 1) * part, j * part : (j + 1) * part] for i in range(n) for j in range(n)
-        ]
+        tiles = [picture[i * part : (i + 1) * part, j * part : (j + 1) * part] for i in range(n) for j in range(n)]
         order = rng.permutation(n * n)
         rows = [np.concatenate([tiles[k] for k in order[i * n : (i + 1) * n]], axis=1) for i in range(n)]
         image = cv2.resize(np.concatenate(rows), (size, size), interpolation=cv2.INTER_AREA)
@@ -338,9 +328,7 @@ def hide(image: np.ndarray, box: np.ndarray, rng: Rng) -> None:
 # --------------------------------------------------------------------------------------------------- views
 
 
-def scene(
-    faces: FaceSet, indices: np.ndarray, backgrounds: Backgrounds, rng: Rng, size: int, *, most: int = 6
-):
+def scene(faces: FaceSet, indices: np.ndarray, backgrounds: Backgrounds, rng: Rng, size: int, *, most: int = 6):
     """A picture with 0 … `most` faces of 9 % to 95 % of its side.
 
     Returns the image (size, size, 3), boxes (n, 4) and key points (n, 5, 2)."""

@@ -164,9 +164,7 @@ def attach(
 def _rows(x: Tensor, batch: int) -> Tensor:
     """Repeat each of x's rows in place, so that there are `batch`."""
     if batch % len(x):
-        raise ValueError(
-            f"the face conditions have {len(x)} rows, the UNet a batch of {batch}: not a multiple"
-        )
+        raise ValueError(f"the face conditions have {len(x)} rows, the UNet a batch of {batch}: not a multiple")
     return x.repeat_interleave(batch // len(x), dim=0)
 
 

@@ -145,9 +145,7 @@ class FacialAttributeMixer(ModelMixin, ConfigMixin):
         self.norm_decoder = nn.LayerNorm(width)
         self.w_out = nn.Linear(width, token_dim)
 
-    def forward(
-        self, id_embeddings: Tensor, clip_features: Tensor, mask: Tensor | None = None
-    ) -> MixerOutput:
+    def forward(self, id_embeddings: Tensor, clip_features: Tensor, mask: Tensor | None = None) -> MixerOutput:
         """Mix the references of each row.
 
         Args:

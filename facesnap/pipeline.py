@@ -248,9 +248,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         return cls._around(pipeline, ours | given, settings, **components)
 
     @classmethod
-    def _around(
-        cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any
-    ) -> FaceSnapPipeline:
+    def _around(cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any) -> FaceSnapPipeline:
         optional = ("image_encoder", "feature_extractor")
         parts = {name: getattr(base, name, None) for name in (*BASE_PARTS, *optional)} | overrides
         return cls(
@@ -369,9 +367,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         if _are_landmarks(pose):
             points = np.asarray(pose, dtype=np.float32)
             if not np.isfinite(points).all():
-                raise InputError(
-                    "The pose landmarks hold values that are not numbers; give 72 points in pixels."
-                )
+                raise InputError("The pose landmarks hold values that are not numbers; give 72 points in pixels.")
         else:
             heads = self.predictor.reconstruct(list(faces))
             if pose is None:
@@ -570,9 +566,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             if side % factor:
                 below = side // factor * factor
                 nearest = f"{below} and {below + factor}"
-                raise InputError(
-                    f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}."
-                )
+                raise InputError(f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}.")
         return int(sides["height"]), int(sides["width"])  # type: ignore[arg-type]
 
     def _cut_words(self, prompts: Sequence[str]) -> list[str]:
@@ -632,10 +626,8 @@ def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
     kind = numbers.Integral if whole else numbers.Real  # NumPy's scalars are such, too
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        raise InputError(
-            f"The {name} is {value}; choose a {'whole ' if whole else ''}number from {low} to {high}."
-        )
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= float(value) <= high:
+        raise InputError(f"The {name} is {value}; choose a {'whole ' if whole else ''}number from {low} to {high}.")
 
 
 # ---------------------------------------------------------------------- reading a checkpoint
@@ -667,8 +659,7 @@ def _reading(model: str | Path, part: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"The {part} of the checkpoint '{model}' cannot be read ({type(error).__name__}); "
-            "fetch or build it again."
+            f"The {part} of the checkpoint '{model}' cannot be read ({type(error).__name__}); fetch or build it again."
         ) from error
 
 
@@ -695,9 +686,7 @@ def _load_our_parts(
 ) -> dict[str, Any]:
     def weights(kind: Any) -> Callable[[Path], Any]:
         def load(place: Path) -> Any:
-            module, report = kind.from_pretrained(
-                place, torch_dtype=dtype or torch.float32, output_loading_info=True
-            )
+            module, report = kind.from_pretrained(place, torch_dtype=dtype or torch.float32, output_loading_info=True)
             if report["missing_keys"]:
                 # diffusers would fill the gaps with random numbers and say so in the log only
                 raise ValueError(f"{len(report['missing_keys'])} tensors are missing")

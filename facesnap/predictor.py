@@ -32,9 +32,7 @@ class LandmarkPredictor:
         several = faces if isinstance(faces, Sequence) else [faces]
         return self.model.fit([face.landmarks for face in several], [face.size for face in several])
 
-    def predict(
-        self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0
-    ) -> np.ndarray:
+    def predict(self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0) -> np.ndarray:
         """The landmarks (72, 2), float32, of `shape`'s face held as `driver` is, in a new picture.
 
         The driver's picture is fitted whole into the new one, of size (height, width), and centred; it is
@@ -76,8 +74,7 @@ class LandmarkPredictor:
             expression=strength * self._expression(expression),
             rotation=rotation,
             scale=scale,
-            translation=np.array([centre[0] * width - 0.5, centre[1] * height - 0.5])
-            - scale * middle[:2] * [1, -1],
+            translation=np.array([centre[0] * width - 0.5, centre[1] * height - 0.5]) - scale * middle[:2] * [1, -1],
             size=size,
         )
 
@@ -88,11 +85,7 @@ class LandmarkPredictor:
             for name, weight in expression.items():
                 if name not in names:
                     nearest = difflib.get_close_matches(name, names, n=1)
-                    hint = (
-                        f"did you mean {nearest[0]!r}?"
-                        if nearest
-                        else f"it knows {', '.join(names) or 'none'}."
-                    )
+                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(names) or 'none'}."
                     raise InputError(f"The head model has no expression {name!r}; {hint}")
                 coefficients[names.index(name)] = weight
         elif expression is not None:

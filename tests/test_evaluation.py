@@ -22,9 +22,7 @@ def test_retention_ends_are_strangers_and_truth():
     truth = np.array([0.8, 0.6])
     assert metrics.retention(truth, truth, 0.1) == pytest.approx(1)
     assert metrics.retention(np.array([0.1, 0.1]), truth, 0.1) == pytest.approx(0)
-    assert metrics.retention(np.array([0.0, 0.8]), truth, 0.1) == pytest.approx(
-        0.5
-    )  # (0.4 - 0.1) / (0.7 - 0.1)
+    assert metrics.retention(np.array([0.0, 0.8]), truth, 0.1) == pytest.approx(0.5)  # (0.4 - 0.1) / (0.7 - 0.1)
 
 
 def test_rank1_counts_ties_and_missing_faces_as_misses():
@@ -198,9 +196,7 @@ def test_the_true_picture_is_the_person_before_the_drivers_camera():
 def test_frontal_eye_distance_does_not_depend_on_the_pose():
     straight = protocol.sample_picture(protocol.sample_person(1_000_003), 0, pose=(0, 0, 0), scale=1.0)
     turned = protocol.sample_picture(protocol.sample_person(1_000_003), 0, pose=(0.7, 0.1, 0.2), scale=1.0)
-    assert protocol.frontal_eye_distance(turned, 256) == pytest.approx(
-        protocol.frontal_eye_distance(straight, 256)
-    )
+    assert protocol.frontal_eye_distance(turned, 256) == pytest.approx(protocol.frontal_eye_distance(straight, 256))
 
 
 def ledger_of(model_is: str) -> tuple[dict, list, list]:

@@ -133,9 +133,7 @@ def test_the_picture_is_not_changed(analyser):
 def test_scorer_sees_what_the_pack_sees(analyser, pack):
     image = canvas(face=(120, 96, 8, GREEN))
     face = analyser.analyse(image)
-    assert np.allclose(
-        Recogniser(pack / "recogniser.onnx").embed(image, face.keypoints), face.embedding, atol=1e-4
-    )
+    assert np.allclose(Recogniser(pack / "recogniser.onnx").embed(image, face.keypoints), face.embedding, atol=1e-4)
     assert cosine(face.embedding, face.embedding) == pytest.approx(1)
     assert cosine(face.embedding, -2 * face.embedding) == pytest.approx(-1)
 
@@ -158,11 +156,7 @@ def test_crop_is_square_centred_and_continues_the_edge():
     image[:, :100] = (10, 20, 30)
     image[40:60, 90:110] = 255
     crop = square_crop(image, np.array([80, 40, 120, 60], np.float32))  # 72 pixels wide, inside
-    assert (
-        (crop[112, 112] == 255).all()
-        and (crop[112, 10] == (10, 20, 30)).all()
-        and (crop[112, 213] == 0).all()
-    )
+    assert (crop[112, 112] == 255).all() and (crop[112, 10] == (10, 20, 30)).all() and (crop[112, 213] == 0).all()
     tall = square_crop(image, np.array([-20, -60, 80, 60], np.float32))  # mostly outside
     assert tall.shape == (224, 224, 3) and (tall[0, 0] == (10, 20, 30)).all()
 

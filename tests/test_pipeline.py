@@ -69,9 +69,7 @@ def test_person_pose_and_prompt_each_change_the_picture(pipe):
 def test_face_tokens_reach_the_picture_only_through_ffrnet(pipe):
     without = [pixels(portrait(pipe, reference=who, ffrnet_scale=0)) for who in (ALICE, BOB)]
     assert np.array_equal(*without)
-    stock = StableDiffusionXLPipeline(
-        **{name: getattr(pipe, name) for name in BASE_PARTS}, add_watermarker=False
-    )
+    stock = StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in BASE_PARTS}, add_watermarker=False)
     stock.set_progress_bar_config(disable=True)
     stock.scheduler = copy.deepcopy(pipe.scheduler)
     plain = stock(
@@ -180,9 +178,7 @@ def test_references_of_different_people_are_pointed_out(pipe):
 
 
 def test_several_faces_are_pointed_out(pipe):
-    assert portrait(pipe, reference=photo(1, 99)).notes == (
-        "The reference photo shows 2 faces; the largest was used.",
-    )
+    assert portrait(pipe, reference=photo(1, 99)).notes == ("The reference photo shows 2 faces; the largest was used.",)
 
 
 def test_words_beyond_the_prompts_limit_are_pointed_out(pipe):
@@ -244,9 +240,7 @@ def state(pipe):
         "attributes": {k: repr(v) for k, v in vars(pipe).items() if k not in pipe.components},
         "identities": {k: id(v) for k, v in pipe.components.items()},
         "scheduler": {k: repr(v) for k, v in vars(pipe.scheduler).items()},
-        "weights": {
-            n: sum(p.double().abs().sum().item() for p in m.parameters()) for n, m in modules.items()
-        },
+        "weights": {n: sum(p.double().abs().sum().item() for p in m.parameters()) for n, m in modules.items()},
         "dtypes": {n: m.dtype for n, m in modules.items()},
         "hooks": [
             (n, h)
@@ -282,9 +276,7 @@ def test_a_callback_can_end_guidance_early(pipe):
         request._guidance_scale = 1.0
         return {name: tensor[len(tensor) // 2 :] for name, tensor in tensors.items()}
 
-    handle = pipe.unet.register_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0])) if args else None
-    )
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])) if args else None)
     portrait(
         pipe,
         num_inference_steps=3,
@@ -351,9 +343,7 @@ def test_stock_pipelines_follow_an_attached_ffrnet(kind, channels):
 
     def run():
         with torch.no_grad():
-            return np.asarray(
-                stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0]
-            )
+            return np.asarray(stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0])
 
     plain = run()
     with attach(unet, ours.ffrnet, guidance=lambda: stock.do_classifier_free_guidance, **conditions(ours)):
@@ -412,9 +402,7 @@ def test_stock_sdxl_loads_the_folder(pipe, saved, caplog):
     assert np.array_equal(np.asarray(plain.images[0]), pixels(portrait(pipe, ffrnet_scale=0)))
 
 
-def test_half_precision_files_keep_the_text_encoders_whole_and_the_pipeline_as_it_was(
-    pipe, tmp_path, tiny_readers
-):
+def test_half_precision_files_keep_the_text_encoders_whole_and_the_pipeline_as_it_was(pipe, tmp_path, tiny_readers):
     before = state(pipe)
     pipe.save_pretrained(tmp_path, dtype=torch.float16, max_shard_size="20KB")
     assert state(pipe) == before
@@ -454,18 +442,14 @@ def test_missing_folder_is_named(monkeypatch):
         FaceSnapPipeline.from_pretrained("./nowhere")
 
 
-@pytest.mark.parametrize(
-    "part", ["facesnap.json", "mixer", "ffrnet", "face_pack", "head", "unet", "vae", "tokenizer"]
-)
+@pytest.mark.parametrize("part", ["facesnap.json", "mixer", "ffrnet", "face_pack", "head", "unet", "vae", "tokenizer"])
 def test_missing_part_is_named(saved, tmp_path, tiny_readers, part):
     folder = shutil.copytree(saved, tmp_path / "copy")
     if (folder / part).is_dir():
         shutil.rmtree(folder / part)
     else:
         (folder / part).unlink()
-    with pytest.raises(
-        InputError, match="plain SDXL checkpoint" if part == "facesnap.json" else f"has no {part}"
-    ):
+    with pytest.raises(InputError, match="plain SDXL checkpoint" if part == "facesnap.json" else f"has no {part}"):
         FaceSnapPipeline.from_pretrained(folder)
 
 

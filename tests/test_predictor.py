@@ -105,9 +105,7 @@ def test_letterbox_never_stretches(source, target):
     placed = letterbox(corners, source, target)
     across, down = np.linalg.norm(np.diff(placed, axis=0), axis=1)
     assert across / down == pytest.approx(source[1] / source[0], rel=1e-4)
-    assert (placed > -0.51).all() and (
-        placed < np.array(target[::-1]) - 0.49
-    ).all()  # the whole picture is in
+    assert (placed > -0.51).all() and (placed < np.array(target[::-1]) - 0.49).all()  # the whole picture is in
     assert across == pytest.approx(target[1]) or down == pytest.approx(target[0])  # and touches two sides
     middle = placed[[0, 2]].mean(axis=0)
     assert np.allclose(middle, (np.array(target[::-1]) - 1) / 2, atol=1e-3)

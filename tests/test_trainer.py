@@ -166,9 +166,7 @@ def test_frozen_parameters_stay_and_relative_rates_are_kept(tmp_path):
 
     stage = Two()
     stage.net[0].bias.requires_grad_(False)
-    bias, last, weight = (
-        x.detach().clone() for x in (stage.net[0].bias, stage.net[2].weight, stage.net[0].weight)
-    )
+    bias, last, weight = (x.detach().clone() for x in (stage.net[0].bias, stage.net[2].weight, stage.net[0].weight))
     Trainer(stage, config(tmp_path)).train()
     assert torch.equal(bias, stage.net[0].bias) and torch.equal(last, stage.net[2].weight)
     assert not torch.equal(weight, stage.net[0].weight)
@@ -192,9 +190,7 @@ def test_faults_of_a_batch_and_losses_that_are_no_number_are_told(tmp_path):
 
 
 def test_orthogonal_keeps_the_directions_and_evens_the_strengths():
-    u, _, v = torch.linalg.svd(
-        torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), full_matrices=False
-    )
+    u, _, v = torch.linalg.svd(torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     matrix = u @ torch.diag(torch.tensor([1.0, 0.8, 0.6, 0.5, 0.4, 0.3])) @ v
     for given in (matrix, matrix.T):
         strengths = torch.linalg.svdvals(orthogonal(given))

@@ -162,9 +162,7 @@ class TinyAnalyser:
             size=(height, width),
         )
         points = to_68(self.head_model.project(head))
-        crop = np.random.default_rng(image.astype(np.int64).sum()).integers(
-            0, 255, (224, 224, 3), dtype=np.uint8
-        )
+        crop = np.random.default_rng(image.astype(np.int64).sum()).integers(0, 255, (224, 224, 3), dtype=np.uint8)
         return Face(
             box=np.array([width / 4, height / 4, width * 3 / 4, height * 3 / 4], np.float32),
             score=0.9,

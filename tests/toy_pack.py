@@ -24,9 +24,7 @@ class ToyDetector(nn.Module):
             if stride == 32:
                 signal = -F.avg_pool2d(picture[:, :1].abs(), 32)
             else:
-                colour = (
-                    (green - torch.maximum(red, blue)) if stride == 8 else (blue - torch.maximum(red, green))
-                )
+                colour = (green - torch.maximum(red, blue)) if stride == 8 else (blue - torch.maximum(red, green))
                 cell = F.avg_pool2d(colour, 8)
                 signal = cell - F.avg_pool2d(cell, 9, 1, 4, count_include_pad=False)
                 signal = signal if stride == 8 else F.max_pool2d(signal, 2)

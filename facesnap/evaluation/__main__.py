@@ -22,9 +22,7 @@ COMMANDS = {
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments; without a command the first of them is meant."""
-    parser = argparse.ArgumentParser(
-        prog="python -m facesnap.evaluation", description=__doc__.split("\n\n")[1]
-    )
+    parser = argparse.ArgumentParser(prog="python -m facesnap.evaluation", description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_ in COMMANDS.items():
         command = commands.add_parser(name, help=help_)

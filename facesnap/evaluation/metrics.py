@@ -100,9 +100,7 @@ def balanced_accuracy(predicted: Sequence, wanted: Sequence) -> tuple[float, flo
     predicted_, wanted_ = np.asarray(predicted), np.asarray(wanted)
     classes = np.unique(wanted_)
     if len(classes) < 2:
-        raise ValueError(
-            f"one class only ({classes.tolist()}): chance cannot be told from skill; take more samples"
-        )
+        raise ValueError(f"one class only ({classes.tolist()}): chance cannot be told from skill; take more samples")
     recall = float(np.mean([np.mean(predicted_[wanted_ == c] == c) for c in classes]))
     chance = 1 / len(classes)
     return recall, (recall - chance) / (1 - chance)

@@ -129,17 +129,13 @@ def look(marked: Marked, analyser: FaceAnalyser, mean: np.ndarray) -> dict:
     }
 
 
-def portraits_sheet(
-    model: Path, analyser: FaceAnalyser, arguments: argparse.Namespace, rows: list[dict]
-) -> None:
+def portraits_sheet(model: Path, analyser: FaceAnalyser, arguments: argparse.Namespace, rows: list[dict]) -> None:
     """photograph | found landmarks | control drawing | portrait, for the eye; never to be committed."""
     pipe = protocol.load_pipeline(model, arguments.device)
     work = Path(arguments.out).with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
     shown, captions = [], []
-    for number, (marked, row) in enumerate(
-        zip(tqdm(MARKED, desc="portraits", unit="portrait"), rows, strict=True)
-    ):
+    for number, (marked, row) in enumerate(zip(tqdm(MARKED, desc="portraits", unit="portrait"), rows, strict=True)):
         photo = cut_out(marked)
         path = work / f"photograph_{number}.png"
         Image.fromarray(photo).save(path)

@@ -84,9 +84,7 @@ def look_at_person(person: int, ledger: Ledger, witness: Witness, work: Path, si
             ledger.put(f"{name} {person}", {**seen, "style": picture.style, "wanted": wanted})
 
 
-def look_at_truth(
-    number: int, request: Request, ledger: Ledger, witness: Witness, work: Path, size: int
-) -> None:
+def look_at_truth(number: int, request: Request, ledger: Ledger, witness: Witness, work: Path, size: int) -> None:
     """The true picture that a portrait is compared with, and what is exactly known of it."""
     if ledger.get(f"truth {number}") is not None:
         return
@@ -276,9 +274,7 @@ def contact_sheet(ledger: Ledger, requests: list[Request], work: Path, path: Pat
         pictures.append([reference, driver, drawing, portrait, truth])
         captions.append(request.prompt)
         own = embeddings([ledger.rows[f"reference {request.person}"]])
-        made, true = (
-            metrics.cosines(embeddings([r]), own)[0, 0] for r in (row, ledger.rows[f"truth {number}"])
-        )
+        made, true = (metrics.cosines(embeddings([r]), own)[0, 0] for r in (row, ledger.rows[f"truth {number}"]))
         notes.append(["", "", "", f"identity {made:.2f}", f"identity {true:.2f}"])
     titles = ["reference photo", "pose photo", "control drawing", "FaceSnap portrait", "true render"]
     report.contact_sheet(pictures, titles, path, captions=captions, notes=notes)

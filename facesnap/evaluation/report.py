@@ -50,9 +50,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changes = git("status", "--porcelain", "--untracked-files=no")
@@ -67,9 +65,7 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
-        raise FileNotFoundError(
-            f"no model in {folder}: give the folder of a checkpoint, for example assets/mini"
-        )
+        raise FileNotFoundError(f"no model in {folder}: give the folder of a checkpoint, for example assets/mini")
     for path in files:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         digest.update(path.read_bytes())
@@ -81,9 +77,7 @@ def machine() -> dict:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, object] = {
@@ -208,14 +202,10 @@ def contact_sheet(
             left = gap + column * (cell + gap)
             image = Image.fromarray(picture)
             scale = cell / max(image.size)
-            image = image.resize(
-                (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
-            )
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
             sheet.paste(image, (left + (cell - image.width) // 2, top + (cell - image.height) // 2))
             if notes and notes[r][column]:
-                draw.text(
-                    (left + cell / 2, top + cell + line / 2 + 2), notes[r][column], GREY, small, anchor="mm"
-                )
+                draw.text((left + cell / 2, top + cell + line / 2 + 2), notes[r][column], GREY, small, anchor="mm")
         if captions:
             text = _shortened(captions[r], small, width - 2 * gap)
             middle = top + cell + line * (notes is not None) + line / 2 + 2

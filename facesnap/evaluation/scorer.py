@@ -73,9 +73,7 @@ class AttributeScorer:
     """The trained judge. folder: where `attributes.onnx` and `attributes.json` lie."""
 
     def __init__(self, folder: Path):
-        self.attributes: dict[str, list[str]] = json.loads((folder / "attributes.json").read_text())[
-            "attributes"
-        ]
+        self.attributes: dict[str, list[str]] = json.loads((folder / "attributes.json").read_text())["attributes"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # a net this small gains nothing from more
         self.session = onnxruntime.InferenceSession(
@@ -119,7 +117,7 @@ class Block(nn.Module):
         return torch.relu(self.body(x) + self.skip(x))
 
 
-def build_net(width: int = 24) -> nn.Module:
+def build_net(width: int = 18) -> nn.Module:
     """Picture (B, 3, 128, 128) in [-1, 1] → logits of all values of all attributes, one after the other."""
     sizes = (width, width, 2 * width, 3 * width, 5 * width)
     return nn.Sequential(
@@ -163,29 +161,41 @@ def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images
 
 
+def balance(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (N, attributes) → chances (N,) of drawing a picture, and what to add to the logits in training
+    (V,).
+
+    Pictures with rare values are drawn more often. What is left of the imbalance must not become a habit:
+    with the log frequency added to the logits in training only, the trained logits are those of equal
+    frequencies (Menon et al. 2021, "Long-tail learning via logit adjustment").
+    """
+    shown = [
+        nn.functional.one_hot(column + 1, len(v) + 1)[:, 1:].float()
+        for column, v in zip(labels.T, ATTRIBUTES.values(), strict=True)
+    ]
+    rarity = [one_hot @ (1 / (one_hot.sum(0) + 1)) for one_hot in shown]
+    chances = torch.stack([r / r.mean() for r in rarity]).mean(0)
+    lean = [torch.log(chances @ one_hot + 1) - torch.log((chances @ one_hot + 1).sum()) for one_hot in shown]
+    return chances, torch.cat(lean)
+
+
 def train(data: Path, out: Path, *, minutes: float, limit: int, seed: int = 0) -> dict:
-    """Trains for `minutes`, exports to `out`, returns the accuracy on people left out of the training."""
+    """Trains for `minutes` of processor time (a busy machine takes longer and learns as much), exports to
+    `out`, returns the accuracy on people left out of the training."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     pictures, labels, people = read(data, limit)
     left_out = people % 20 == 0
     x, y = torch.from_numpy(pictures[~left_out]), torch.from_numpy(labels[~left_out])
-    # What a picture is asked for must not lean on how often renders have it (one in eight wears glasses):
-    # adding the log frequency to the logits in training only makes the trained logits those of equal
-    # frequencies (Menon et al. 2021, "Long-tail learning via logit adjustment").
     starts = np.cumsum([0, *map(len, ATTRIBUTES.values())])
-    frequency = [
-        torch.bincount(y[y[:, a] >= 0, a], minlength=len(v)) + 1.0 for a, v in enumerate(ATTRIBUTES.values())
-    ]
-    lean = torch.cat([torch.log(f / f.sum()) for f in frequency])
-
+    chances, lean = balance(y)
     net = build_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
-    start, batch, step, seen_loss = time.monotonic(), 64, 0, 0.0
-    while (spent := (time.monotonic() - start) / (60 * minutes)) < 1:
+    start, batch, step, seen_loss = time.process_time(), 64, 0, 0.0
+    while (spent := (time.process_time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * spent)) + 1e-5
-        rows = torch.randint(len(x), (batch,), generator=generator)
+        rows = torch.multinomial(chances, batch, generator=generator)
         images = softened(x[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(images.contiguous(memory_format=torch.channels_last))
@@ -208,8 +218,7 @@ def train(data: Path, out: Path, *, minutes: float, limit: int, seed: int = 0) -
     scorer = AttributeScorer(out)
     found = [scorer.classify(picture) for picture in pictures[left_out]]
     wanted = [
-        {n: v[i] for (n, v), i in zip(ATTRIBUTES.items(), row, strict=True) if i >= 0}
-        for row in labels[left_out]
+        {n: v[i] for (n, v), i in zip(ATTRIBUTES.items(), row, strict=True) if i >= 0} for row in labels[left_out]
     ]
     result = attribute_accuracy(found, wanted)
     export(net, out, {"left_out_people": rounded(result)})
@@ -233,14 +242,10 @@ def export(net: nn.Module, out: Path, notes: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the attribute scorer on rendered people.")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder of shards (python -m facesnap.synthetic)"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards (python -m facesnap.synthetic)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument(
-        "--pictures", type=int, default=20_000, help="how many to read (50 KB of memory each)"
-    )
+    parser.add_argument("--minutes", type=float, default=6, help="of processor time")
+    parser.add_argument("--pictures", type=int, default=20_000, help="how many to read (50 KB of memory each)")
     arguments = parser.parse_args()
     result = train(arguments.data, arguments.out, minutes=arguments.minutes, limit=arguments.pictures)
     print(table([(n, a["score"], f"recall {a['recall']:.3f}") for n, a in result["attributes"].items()]))

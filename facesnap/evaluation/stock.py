@@ -27,9 +27,7 @@ def run(arguments: argparse.Namespace) -> dict:
     defaults = json.loads((model / "facesnap.json").read_text())
     waiting = [n for n in range(len(drawn)) if ledger.get(f"picture {n}") is None]
     if waiting:
-        pipe = StableDiffusionXLPipeline.from_pretrained(model).to(
-            arguments.device
-        )  # no dtype: as a stranger would
+        pipe = StableDiffusionXLPipeline.from_pretrained(model).to(arguments.device)  # no dtype: as a stranger would
         pipe.set_progress_bar_config(disable=True)
         witness = Witness(model)
         for number in tqdm(waiting, desc="stock pictures", unit="picture"):
@@ -48,9 +46,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = [ledger.rows[f"picture {n}"] for n in range(len(drawn))]
     if arguments.sheet:
         shown = [open_image(work / f"picture_{n:03d}.png") for n in range(len(drawn) // 5 * 5)]
-        report.contact_sheet(
-            [shown[k : k + 5] for k in range(0, len(shown), 5)], [""] * 5, Path(arguments.sheet)
-        )
+        report.contact_sheet([shown[k : k + 5] for k in range(0, len(shown), 5)], [""] * 5, Path(arguments.sheet))
     wanted = [visible(attributes, style) for _, style, attributes in drawn]
     results = {
         "pictures": len(rows),

@@ -4,7 +4,9 @@ The face's features come through the path a visitor's photo takes (detector, poi
 from exact landmarks, so training meets the same errors as use. Pictures without a found face serve as targets only.
 """
 
+import copy
 import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from facesnap.faces import FaceAnalyser
 from facesnap.heads import LinearHeadModel
 from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
-from facesnap.synthetic.people import Picture, sample_person, sample_picture
+from facesnap.synthetic.people import sample_person, sample_picture
 
 from .data import HAIR, SKIN, People, load_people
 from .vae import to_tensor
@@ -44,6 +46,12 @@ class Features:
     def load(cls, path: Path) -> "Features":
         with np.load(path) as file:
             return cls(**{name: file[name] for name in cls.__dataclass_fields__})
+
+
+def _one_core(cores: list[int]) -> None:
+    """Pin a worker, so that ONNX Runtime starts one thread in it: more would only wait for each other, spinning."""
+    worker = multiprocessing.current_process()._identity[-1]
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 def _analyse(job: tuple[Path, Path, Path, np.ndarray]) -> list[tuple[int, Any]]:
@@ -77,7 +85,8 @@ def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: i
         if workers == 1:
             yield from map(_analyse, jobs)
         else:
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            cores = sorted(os.sched_getaffinity(0))
+            with multiprocessing.get_context("spawn").Pool(workers, _one_core, (cores,)) as pool:
                 yield from pool.imap_unordered(_analyse, jobs)
 
     for part in tqdm(results(), total=len(jobs), unit="part"):
@@ -91,12 +100,13 @@ def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: i
 @torch.no_grad()
 def latents_of(vae: AutoencoderKL, people: People, *, device: str = "cpu", batch_size: int = 16) -> np.ndarray:
     """Means of the latents (N, C, h, w), float16."""
-    vae = vae.to(device)  # type: ignore[arg-type]
+    # bfloat16 with channels last is nearly twice as fast as autocast on a CPU, and off by 0.4 % of a deviation
+    vae = copy.deepcopy(vae).to(device, torch.bfloat16).to(memory_format=torch.channels_last)
     out = []
     for start in tqdm(range(0, len(people), batch_size), unit="batch"):
-        pixels = to_tensor(people.images[start : start + batch_size]).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            out.append(vae.encode(pixels).latent_dist.mean.float().cpu().numpy().astype(np.float16))
+        pixels = to_tensor(people.images[start : start + batch_size])
+        pixels = pixels.to(device, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        out.append(vae.encode(pixels).latent_dist.mean.float().cpu().numpy().astype(np.float16))
     return np.concatenate(out)
 
 
@@ -119,7 +129,7 @@ def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50
     from facesnap.synthetic.people import EXPRESSION
     from facesnap.synthetic.render import CAMERA
 
-    neutral, offsets = [], []
+    neutral, offsets, weights = [], [], []
     rng = np.random.default_rng(0)
     for seed in range(first, first + people):
         person = sample_person(seed)
@@ -127,15 +137,17 @@ def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50
         p["eyelids"] = 1.0
         rest = landmarks(p[()])
         neutral.append(rest)
-        picture: Picture = sample_picture(person, int(rng.integers(100)))
+        picture = sample_picture(person, int(rng.integers(100)))
         for name in EXPRESSION:
             p[name] = picture.parameters[name]
         offsets.append(landmarks(p[()]) - rest)
+        weights.append([p[name] - (name == "eyelids") for name in EXPRESSION])
     return LinearHeadModel.from_samples(
         np.stack(neutral),
         np.stack(offsets),
         num_identity=identities,
-        num_expression=8,
+        expression_weights=np.array(weights),
+        expression_names=EXPRESSION,
         distance=CAMERA,
         name="rendered people",
     )

@@ -349,9 +349,7 @@ class Trainer:
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
-            )
+            file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
     def _sheet(self) -> None:
         with self.averaged(), self._autocast():
@@ -362,9 +360,7 @@ class Trainer:
                 module.train()
         if figures:
             self._append({"step": self.step, "minutes": self.spent / 60} | figures)
-            print(
-                "  ".join(f"{key} {value:.4g}" for key, value in figures.items()), file=sys.stderr, flush=True
-            )
+            print("  ".join(f"{key} {value:.4g}" for key, value in figures.items()), file=sys.stderr, flush=True)
 
     def checkpoint(self) -> Path:
         """Write `checkpoint-<step>`, whole or not at all, and delete the ones before it.

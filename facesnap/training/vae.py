@@ -75,9 +75,7 @@ class VaeStage(Stage):
         self.refresh()
         held = np.flatnonzero(self.people.person % VALIDATION == VALIDATION - 1)
         if not len(held):
-            raise ValueError(
-                f"{folder} holds no person n with n % {VALIDATION} == {VALIDATION - 1} to validate on"
-            )
+            raise ValueError(f"{folder} holds no person n with n % {VALIDATION} == {VALIDATION - 1} to validate on")
         self.held = held[np.linspace(0, len(held) - 1, min(24, len(held))).astype(int)]
         self.held_people = self.people
 
@@ -134,9 +132,7 @@ class VaeStage(Stage):
         return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes))}
 
 
-def crop_and_weight(
-    people: People, row: int, crop: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def crop_and_weight(people: People, row: int, crop: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop)
     float32.
 
@@ -245,9 +241,7 @@ def _psnr(square: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and sheet")
     parser.add_argument("--export", type=Path, help="where the VAE is saved in the end (default: OUT/vae)")
@@ -259,9 +253,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", type=Path, help="a saved VAE to go on from")
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="freeze the encoder, so that latents stay valid"
-    )
+    parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder, so that latents stay valid")
     parser.add_argument("--export-only", action="store_true", help="save the last checkpoint's VAE and end")
     args = parser.parse_args()
     if args.decoder_only and args.start is None:

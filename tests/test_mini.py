@@ -182,3 +182,10 @@ def test_half_stored_onnx_computes_the_same(tmp_path) -> None:
     (y,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     assert np.allclose(y, x @ weight, atol=1e-2)
     assert load_onnx(path).graph.initializer[0].data_type == TensorProto.FLOAT16
+
+
+def test_a_sample_sheet_can_be_drawn_while_training(people, tokenizer, monkeypatch, tmp_path) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = stage.sample(stage.rows[:2], steps=2)
+    assert latents.shape == (2, 4, GRID, GRID) and torch.isfinite(latents).all()

@@ -235,7 +235,7 @@ class DiffusionStage(Stage):
         batch = {
             "ids": self.prompt_ids[rows],
             "embeddings": torch.from_numpy(self.features.embeddings[references]),
-            "clip": torch.from_numpy(self.clip[references]),
+            "clip": torch.from_numpy(self.clip[references]).float(),  # autocast cannot join halves
             "reference_mask": torch.ones(len(rows), 1, dtype=torch.bool),
             "control": torch.from_numpy(
                 np.stack([draw(self.people.landmarks[row] * scale, (size, size)) for row in rows])

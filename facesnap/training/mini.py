@@ -56,6 +56,13 @@ SHARES = {"faces": 0.16, "vae": 0.20, "face_encoder": 0.06, "joint": 0.43, "face
 MINUTES = {"faces": 60.0, "vae": 120.0, "face_encoder": 20.0, "joint": 420.0, "facesnap": 90.0}
 
 
+HINT = (
+    "Words it knows: a photo, a pencil sketch, a watercolor, an oil painting, black and white; a shirt, striped shirt "
+    "or jacket, a beanie or cap in a colour; round or square glasses; a studio, plain or blurred background, hills; "
+    "soft, warm or cool light."
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run keeps what, and its options."""
@@ -241,6 +248,7 @@ def assemble(run: Run, minutes: float) -> None:
                 "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
                 "stage": last.name,
                 "license": "Apache-2.0",
+                "hint": HINT,
                 "diffusers": importlib.metadata.version("diffusers"),
             },
         ),

@@ -189,3 +189,15 @@ def test_a_sample_sheet_can_be_drawn_while_training(people, tokenizer, monkeypat
     with torch.autocast("cpu", torch.bfloat16):
         latents = stage.sample(stage.rows[:2], steps=2)
     assert latents.shape == (2, 4, GRID, GRID) and torch.isfinite(latents).all()
+
+
+def test_training_goes_on_from_a_shipped_checkpoint(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path / "mini", dtype=torch.float16)
+    run = mini.Run(tmp_path / "work", tmp_path / "mini", tmp_path, "cpu", 1, 1, 1, 1)
+    mini.unpack(run, 0)
+    parts = mini.load_parts(run.work / "start")
+    for name, module in (parts.base() | parts.ours()).items():
+        shipped = getattr(pipe, name).state_dict()
+        assert all(v.dtype == torch.float32 for v in module.parameters()), name
+        assert all(torch.allclose(v, shipped[k], atol=1e-3) for k, v in module.state_dict().items()), name
+    assert (run.work / "head").is_dir() and (run.work / "vae").is_dir()

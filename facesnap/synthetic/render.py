@@ -203,41 +203,6 @@ def rasterise(S, T, closed, depth, which, b0, b1):
 
 
 @jit
-def rasterise_depth(S, T, skip, depth):
-    """The light's view: only the nearest depth; triangles of part `skip` cast no shadow."""
-    H, W = depth.shape
-    for t in range(T.shape[0]):
-        if skip[t]:
-            continue
-        a = T[t, 0]
-        b = T[t, 1]
-        c = T[t, 2]
-        x0 = S[a, 0]
-        y0 = S[a, 1]
-        x1 = S[b, 0]
-        y1 = S[b, 1]
-        x2 = S[c, 0]
-        y2 = S[c, 1]
-        area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
-        if area < 1e-9 and area > -1e-9:
-            continue
-        left = max(int(math.ceil(min(x0, x1, x2))), 0)
-        right = min(int(math.floor(max(x0, x1, x2))), W - 1)
-        up = max(int(math.ceil(min(y0, y1, y2))), 0)
-        down = min(int(math.floor(max(y0, y1, y2))), H - 1)
-        inverse = 1.0 / area
-        for py in range(up, down + 1):
-            for px in range(left, right + 1):
-                w1 = ((px - x0) * (y2 - y0) - (x2 - x0) * (py - y0)) * inverse
-                w2 = ((x1 - x0) * (py - y0) - (px - x0) * (y1 - y0)) * inverse
-                if w1 < -1e-5 or w2 < -1e-5 or w1 + w2 > 1.00001:
-                    continue
-                z = (1 - w1 - w2) * S[a, 2] + w1 * S[b, 2] + w2 * S[c, 2]
-                if z > depth[py, px]:
-                    depth[py, px] = z
-
-
-@jit
 def lit(shadow, sx, sy, sz):
     """Share of the key light that arrives: 3 x 3 taps in the light's depth map."""
     H, W = shadow.shape
@@ -451,6 +416,14 @@ def shade(which, b0, b1, V, N, C, T, part, fine, p, light, frame, shadow, up, ou
                 out[py, px, k] = curve[min(int(v * (len(curve) - 1) / 2.0), len(curve) - 1)]
 
 
+def z_buffer(S, T, closed, size, far):
+    """Depth (size, size), nearest triangle (-1: none) and barycentric weights of every sample."""
+    depth, which = np.full((size, size), far), np.full((size, size), -1, np.int32)
+    b0, b1 = np.empty((2, size, size))
+    rasterise(S, T, closed, depth, which, b0, b1)
+    return depth, which, b0, b1
+
+
 def fine_features(C, p):
     """Which face triangles, by their paint coordinates (N, 3), carry eyes, brows, mouth, nostrils or beard."""
     x, y, z = np.abs(C[:, 0]), C[:, 1], C[:, 2]
@@ -476,10 +449,8 @@ def render(picture: Picture, size: int = 256) -> Rendered:
     n = size * 2
     S = project(V, p, n)
     S[:, :2] -= 0.5  # sample centres
-    depth, which = np.zeros((n, n)), np.full((n, n), -1, np.int32)
-    b0, b1 = np.empty((n, n)), np.empty((n, n))
     closed = (part == HEAD) | (part == HAIR) | (part == NECK)
-    rasterise(S, T, closed, depth, which, b0, b1)
+    _, which, b0, b1 = z_buffer(S, T, closed, n, 0.0)
 
     ce = math.cos(p["light_elevation"])
     light = np.array(
@@ -490,8 +461,8 @@ def render(picture: Picture, size: int = 256) -> Rendered:
     frame = np.stack([side, np.cross(light, side)])
     half = (SHADOW_MAP - 1) / 2
     L = np.concatenate([half + half / SHADOW_EXTENT * (V @ frame.T), V @ light[:, None]], 1)
-    shadow = np.full((SHADOW_MAP, SHADOW_MAP), -9.0)
-    rasterise_depth(L, T, (part == GLASSES) | (part == CLOTHES), shadow)
+    casts = (part != GLASSES) & (part != CLOTHES)
+    shadow = z_buffer(L, T[casts], np.zeros(casts.sum(), bool), SHADOW_MAP, -9.0)[0]
 
     image, mask = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.uint8)
     up = np.ascontiguousarray(head_rotation(p)[:, 1])

@@ -15,7 +15,8 @@
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
 | assemble     | nothing: writes the checkpoint folder                           | facesnap               |
 
-Every stage resumes from its last checkpoint in `--work`.
+Every stage resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a finished
+checkpoint (`--out`), so that training goes on from weights that were shipped: then features, joint, facesnap, assemble.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def face_encoder(run: Run, minutes: float) -> None:
         text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
     tokenizer.save_pretrained(run.work / "tokenizer")
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
-    model = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
+    model = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
     found = clip.probes(clip.features_of(model, clip.crops_of(known, rows)), known, rows)
     (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
@@ -151,11 +152,22 @@ def features(run: Run, minutes: float) -> None:
         found.save(place / "faces.npz")
     if not (place / "clip.npy").exists():
         crops = feats.Features.load(place / "faces.npz").crops
-        encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder").eval()
+        encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
         _save(place / "clip.npy", clip.features_of(encoder, crops).half().numpy())
 
 
+def unpack(run: Run, minutes: float) -> None:
+    """A finished checkpoint back into the work folder, each part where its stage would have left it."""
+    for name in ("vae", "face_encoder", "face_pack", "head", "scorer", "tokenizer"):
+        if (run.out / name).is_dir():
+            shutil.copytree(run.out / name, run.work / name, dirs_exist_ok=True)
+    for name in Parts.__dataclass_fields__:
+        shutil.copytree(run.out / name, run.work / "start" / name, dirs_exist_ok=True)
+
+
 def joint(run: Run, minutes: float) -> None:
+    if (run.work / "start").is_dir():
+        return _diffusion(run, "joint", load_parts(run.work / "start"), minutes, lr=1e-3)
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
     text, _ = make_text_encoders(tokenizer)
@@ -170,7 +182,7 @@ def joint(run: Run, minutes: float) -> None:
         conditioning_embedding_out_channels=CONTROL_WIDTHS,
         load_weights_from_unet=False,
     )
-    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder")
+    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
     parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
     _diffusion(run, "joint", parts, minutes, lr=1.5e-3)
 
@@ -210,9 +222,9 @@ def save_parts(parts: Parts, folder: Path) -> None:
 
 def load_parts(folder: Path) -> Parts:
     return Parts(
-        UNet2DConditionModel.from_pretrained(folder / "unet"),
-        CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
+        UNet2DConditionModel.from_pretrained(folder / "unet"),  # diffusers loads float32 whatever the file holds
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         FacialAttributeMixer.from_pretrained(folder / "mixer"),
         FFRNet.from_pretrained(folder / "ffrnet"),
@@ -238,7 +250,7 @@ def assemble(run: Run, minutes: float) -> None:
         scheduler=make_scheduler(),
         mixer=parts.mixer,
         ffrnet=parts.ffrnet,
-        face_encoder=CLIPVisionModel.from_pretrained(run.work / "face_encoder"),
+        face_encoder=CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32),
         face_analyser=FaceAnalyser(run.work / "face_pack"),
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,
@@ -285,9 +297,8 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-STAGES: dict[str, Callable[[Run, float], None]] = {
-    stage.__name__: stage for stage in (people, faces, vae, face_encoder, features, joint, facesnap, assemble)
-}
+ORDER = (people, faces, vae, face_encoder, features, joint, facesnap, assemble)
+STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack)}
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -327,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         args.work, args.out, args.data or args.work / "people", args.device, args.threads, args.people, args.per_person,
         args.workers,
     )  # fmt: skip
-    for name in STAGES if args.all else [args.stage]:
+    for name in [stage.__name__ for stage in ORDER] if args.all else [args.stage]:
         started = time.monotonic()
         STAGES[name](run, run.minutes(name, args.minutes, not args.all) if name in SHARES else 0.0)
         print(f"stage {name}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)

@@ -15,11 +15,10 @@ from facesnap import landmarks
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.evaluation.protocol import Request, Witness, rendered
 from facesnap.evaluation.report import Ledger
-from facesnap.evaluation.scorer import visible
 from facesnap.images import InputError, open_image
 from facesnap.pipeline import FaceSnapPipeline
 
-RENDERS = 3  # of each person of the gallery beside the reference, drawn as the world draws them
+RENDERS = 2  # of each person of the gallery beside the reference, drawn as the world draws them
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -80,8 +79,8 @@ def look_at_person(person: int, ledger: Ledger, witness: Witness, work: Path, si
     for name, picture in pictures.items():
         if ledger.get(f"{name} {person}") is None:
             seen = witness.look(rendered(picture, paths[name], size))
-            wanted = visible(picture.attributes, picture.style)
-            ledger.put(f"{name} {person}", {**seen, "style": picture.style, "wanted": wanted})
+            row = {**seen, "style": picture.style, "wanted": protocol.judged(picture)}
+            ledger.put(f"{name} {person}", row)
 
 
 def look_at_truth(number: int, request: Request, ledger: Ledger, witness: Witness, work: Path, size: int) -> None:
@@ -95,6 +94,7 @@ def look_at_truth(number: int, request: Request, ledger: Ledger, witness: Witnes
         **witness.look(rendered(truth, truth_path(work, number), size)),
         "exact": np.round(protocol.exact_landmarks(truth, size), 2).tolist(),
         "eye_distance": protocol.frontal_eye_distance(truth, size),
+        "wanted": protocol.judged(truth),
     }
     ledger.put(f"truth {number}", row)
 
@@ -149,7 +149,7 @@ def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict
         for p, t in zip(portraits, truths, strict=True)
         if "asked" in p
     ]
-    wanted = [visible(r.attributes, r.style) for r in requests]
+    wanted = [t["wanted"] for t in truths]
     seconds = [p["seconds"] for p in portraits if "seconds" in p]
     all_people = np.array([p for p in gallery] + [p for p, _ in renders])
     all_rows = references + [row for _, row in renders]

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from facesnap import landmarks
-from facesnap.evaluation.scorer import AttributeScorer
+from facesnap.evaluation.scorer import AttributeScorer, visible
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.images import InputError, open_image
 from facesnap.pipeline import FaceSnapPipeline
@@ -136,6 +136,13 @@ def truth_picture(
     return replace(picture, parameters=p)
 
 
+def judged(picture: Picture) -> dict[str, str]:
+    """The attributes that a true picture shows: without the clothes' colour where the head leaves them no room."""
+    collar = project(np.array([[0.0, -1.45, 0.2]]), picture.parameters, 1)[0, 1]  # 1 is the lower edge
+    seen = visible(picture.attributes, picture.style)
+    return {name: value for name, value in seen.items() if name != "clothes_color" or collar < 1}
+
+
 def exact_landmarks(picture: Picture, size: int) -> np.ndarray:
     """The 72 landmarks (72, 2) in pixels, without rendering."""
     return exact_landmarks3d(picture, size)[:, :2]
@@ -175,25 +182,21 @@ class Witness:
         """{"found", "embedding" (512,) or None, "points" (72, 2) pixels or None, "attributes"} as plain
         lists."""
         image = open_image(path)
-        seen: dict = {
-            "found": False,
-            "embedding": None,
-            "points": None,
-            "attributes": self.scorer.classify(image),
-        }
+        seen: dict = {"found": False, "embedding": None, "points": None}
         try:
             face = self.analyser.analyse(image)
         except InputError as error:
-            return {**seen, "reason": str(error)}
+            return {**seen, "attributes": self.scorer.classify(image, None), "reason": str(error)}
         if face.found_by == "haar":
-            return {**seen, "reason": "found by the Haar cascade only"}
+            attributes = self.scorer.classify(image, None)
+            return {**seen, "attributes": attributes, "reason": "found by the Haar cascade only"}
         embedding = self.recogniser.embed(image, face.keypoints)
         points = landmarks.from_68(face.landmarks[:, :2])
         return {
-            **seen,
             "found": True,
             "embedding": np.round(embedding / np.linalg.norm(embedding), 5).tolist(),
             "points": np.round(points, 2).tolist(),
+            "attributes": self.scorer.classify(image, face.keypoints),
         }
 
 

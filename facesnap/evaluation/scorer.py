@@ -1,16 +1,18 @@
-"""The attribute scorer: a small net that says what the prompt controls, by looking at a picture.
+"""The attribute scorer: two small nets that say what the prompt controls, by looking at a picture.
 
-Text accuracy needs a judge that had no part in making the picture. This one is trained on rendered people
-whose attributes are known, at 128², and is shared with nothing else. It must be right on true renders (>=
-0.95), otherwise its verdict on generated ones means little; the evaluation prints both.
+Text accuracy needs a judge that had no part in making the picture. This one is trained on rendered people whose
+attributes are known and shares nothing with the model. One net sees the whole picture (style, light, colours), one
+the aligned face (glasses, hat). They must be right on true renders (>= 0.95), otherwise their verdict on generated
+pictures means little; the evaluation prints both.
 
-`python -m facesnap.evaluation.scorer --data SHARDS --out DIR --minutes 10` writes `attributes.onnx` (the
-weights, all heads in one output) and `attributes.json` (what each output stands for).
+`python -m facesnap.evaluation.scorer --data SHARDS --out DIR` writes `attributes_whole.onnx`, `attributes_face.onnx`
+and `attributes.json` (what each output stands for, and the accuracy on people left out of the training).
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,44 +23,34 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from facesnap import landmarks
 from facesnap.evaluation.metrics import attribute_accuracy
 from facesnap.evaluation.report import rounded, table
-from facesnap.synthetic.people import (
-    BACKDROPS,
-    BACKGROUNDS,
-    CLOTHES,
-    GLASSES,
-    HATS,
-    LIGHTS,
-    PATTERNS,
-    STYLES,
-)
-from facesnap.training.data import load_people
+from facesnap.faces import align, five_points
+from facesnap.synthetic.people import BACKDROPS, CLOTHES, GLASSES, HATS, LIGHTS, STYLES
+from facesnap.training.data import People, load_people
 
-SIZE = 128
-
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "style": STYLES,
-    "light": LIGHTS,
-    "background": BACKGROUNDS,
-    "background_color": tuple(BACKDROPS),
-    "clothes_color": tuple(CLOTHES),
-    "pattern": PATTERNS,
-    "glasses": GLASSES,
-    "hat": HATS,
-    "hat_color": tuple(CLOTHES),
+Values = dict[str, tuple[str, ...]]
+VIEWS: dict[str, Values] = {
+    "whole": {
+        "style": STYLES,
+        "light": LIGHTS,
+        "background_color": tuple(BACKDROPS),
+        "clothes_color": tuple(CLOTHES),
+        "hat_color": tuple(CLOTHES),
+    },
+    "face": {"glasses": GLASSES, "hat": HATS},
 }
+ATTRIBUTES: Values = {name: values for view in VIEWS.values() for name, values in view.items()}
 COLOURLESS = ("pencil sketch", "black and white")
 
 
 def visible(attributes: dict, style: str) -> dict[str, str]:
     """Of a picture's attributes those that can be seen in it: the ones a prompt is judged by.
 
-    A pencil drawing shows no colours and no tint of the light; a landscape has no one colour; without a hat
-    its colour is nobody's.
+    A pencil drawing shows no colours and no tint of the light; a landscape has no one colour; without a hat its
+    colour is nobody's.
     """
-    seen = {name: attributes[name] for name in ATTRIBUTES if name in attributes}
-    seen["style"] = style
     hidden = set()
     if style in COLOURLESS:
         hidden |= {"light", "background_color", "clothes_color", "hat_color"}
@@ -66,37 +58,54 @@ def visible(attributes: dict, style: str) -> dict[str, str]:
         hidden.add("background_color")
     if attributes["hat"] == "none":
         hidden.add("hat_color")
-    return {name: value for name, value in seen.items() if name not in hidden}
+    given = {**attributes, "style": style}
+    return {name: given[name] for name in ATTRIBUTES if name not in hidden}
 
 
 class AttributeScorer:
-    """The trained judge. folder: where `attributes.onnx` and `attributes.json` lie."""
+    """The trained judge. folder: where its files lie."""
 
     def __init__(self, folder: Path):
-        self.attributes: dict[str, list[str]] = json.loads((folder / "attributes.json").read_text())["attributes"]
+        self.views: dict[str, Values] = json.loads((folder / "attributes.json").read_text())["views"]
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # a net this small gains nothing from more
-        self.session = onnxruntime.InferenceSession(
-            str(folder / "attributes.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        options.intra_op_num_threads = 1  # nets this small gain nothing from more
+        self.sessions = {
+            view: onnxruntime.InferenceSession(
+                str(folder / f"attributes_{view}.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+            for view in self.views
+        }
 
-    def classify(self, image: np.ndarray) -> dict[str, str]:
-        """The likeliest value of every attribute. image: RGB uint8 (H, W, 3)."""
-        pixels = prepared(image).astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-        logits = self.session.run(None, {"image": pixels})[0][0]
-        found, start = {}, 0
-        for name, values in self.attributes.items():
-            found[name] = values[int(logits[start : start + len(values)].argmax())]
-            start += len(values)
+    def classify(self, image: np.ndarray, keypoints: np.ndarray | None) -> dict[str, str]:
+        """The likeliest value of every attribute; what needs a face is left out where none was found.
+
+        image: RGB uint8 (H, W, 3); keypoints: (5, 2) as in `faces.Face`.
+        """
+        found: dict[str, str] = {}
+        for view, attributes in self.views.items():
+            if view == "face" and keypoints is None:
+                continue
+            seen = whole(image) if view == "whole" else align(image, keypoints)
+            pixels = seen.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+            logits = np.split(self.sessions[view].run(None, {"image": pixels})[0][0], starts(attributes)[1:-1])
+            found |= {
+                name: values[int(part.argmax())]
+                for (name, values), part in zip(attributes.items(), logits, strict=True)
+            }
         return found
 
 
-def prepared(image: np.ndarray) -> np.ndarray:
+def whole(image: np.ndarray) -> np.ndarray:
     """RGB uint8 (H, W, 3) → (128, 128, 3)."""
-    return np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.BOX))
 
 
-# -------------------------------------------------------------------------------------------- training
+def starts(attributes: Values) -> np.ndarray:
+    """Where the outputs of each attribute begin, and the end."""
+    return np.cumsum([0, *map(len, attributes.values())])
+
+
+# ------------------------------------------------------------------------------------------------------ training
 
 
 class Block(nn.Module):
@@ -117,8 +126,8 @@ class Block(nn.Module):
         return torch.relu(self.body(x) + self.skip(x))
 
 
-def build_net(width: int = 18) -> nn.Module:
-    """Picture (B, 3, 128, 128) in [-1, 1] → logits of all values of all attributes, one after the other."""
+def build_net(attributes: Values, width: int = 18) -> nn.Module:
+    """Picture (B, 3, S, S) in [-1, 1], S = 112 or 128 → logits of all values of all attributes, one after the other."""
     sizes = (width, width, 2 * width, 3 * width, 5 * width)
     return nn.Sequential(
         nn.Conv2d(3, width, 5, 2, 2),
@@ -127,129 +136,130 @@ def build_net(width: int = 18) -> nn.Module:
         nn.Conv2d(sizes[-1], 48, 1),
         nn.ReLU(),
         nn.Flatten(),  # of 4x4 places, and not their mean: which side is lit is a matter of place
-        nn.Dropout(0.2),
-        nn.Linear(48 * 4 * 4, sum(map(len, ATTRIBUTES.values()))),
+        nn.Dropout(0.1),
+        nn.Linear(48 * 4 * 4, int(starts(attributes)[-1])),
     )
 
 
-def read(folder: Path, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to `limit` pictures (N, 128, 128, 3) of the training people, their labels (N, attributes; -1 for
-    what cannot be seen) and who they are (N,)."""
-    data = load_people(folder)
-    rows = np.random.default_rng(0).permutation(len(data))[:limit]
-    rows.sort()
-    pictures = np.stack([prepared(data.images[i]) for i in tqdm(rows, desc="reading", unit="picture")])
-    labels = []
-    for i in rows:
-        seen = visible(data.attributes[i], data.styles[i])
-        labels.append([v.index(seen[n]) if n in seen else -1 for n, v in ATTRIBUTES.items()])
-    return pictures, np.array(labels), data.person[rows]
+def read(data: People, rows: np.ndarray, view: str) -> np.ndarray:
+    """What a view's net sees of the pictures: (N, S, S, 3) uint8."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in tqdm(rows, desc=f"reading ({view})", unit="picture", mininterval=5):
+        image = data.images[int(i)]
+        if view == "whole":
+            found.append(whole(image))
+        else:  # as inexactly aligned as by a landmark net
+            points = data.landmarks[i]
+            noise = rng.normal(0, 0.03, (5, 2)) * landmarks.eye_distance(points)
+            found.append(align(image, five_points(landmarks.to_68(points)) + noise))
+    return np.stack(found)
+
+
+def balance(labels: torch.Tensor, attributes: Values) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (N, attributes) → chances (N,) of drawing a picture, and what to add to the logits in training (V,).
+
+    Pictures with rare values are drawn more often. What is left of the imbalance must not become a habit: with the
+    log frequency added to the logits in training only, the trained logits are those of equal frequencies (Menon et
+    al. 2021, "Long-tail learning via logit adjustment").
+    """
+    shown = [
+        nn.functional.one_hot(column + 1, len(values) + 1)[:, 1:].float()
+        for column, values in zip(labels.T, attributes.values(), strict=True)
+    ]
+    rarity = [one_hot @ (1 / (one_hot.sum(0) + 1)) for one_hot in shown]
+    chances = torch.stack([r / r.mean() for r in rarity]).mean(0)
+    counts = [chances @ one_hot + 1 for one_hot in shown]
+    return chances, torch.cat([torch.log(count / count.sum()) for count in counts])
 
 
 def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Half of the batch loses detail and gains noise, as generated pictures do; all move by a few pixels.
     Never mirrored (the side of the light is a label) and never tinted (so are the colours)."""
+    size = images.shape[-1]
     dx, dy = torch.randint(-6, 7, (2,), generator=generator).tolist()
     padded = nn.functional.pad(images, (6, 6, 6, 6), mode="replicate")
-    images = padded[:, :, 6 + dy : 6 + dy + SIZE, 6 + dx : 6 + dx + SIZE].clone()
+    images = padded[:, :, 6 + dy : 6 + dy + size, 6 + dx : 6 + dx + size].clone()
     half = images[::2]
-    small = int(torch.randint(40, 112, (), generator=generator))
+    small = int(torch.randint(size // 2, size, (), generator=generator))
     blurred = nn.functional.interpolate(half, size=small, mode="bilinear", antialias=True)
-    blurred = nn.functional.interpolate(blurred, size=SIZE, mode="bicubic")
-    noise = torch.randn(half.shape, generator=generator) * 0.08 * torch.rand((), generator=generator)
+    blurred = nn.functional.interpolate(blurred, size=size, mode="bilinear")
+    noise = torch.randn(half.shape, generator=generator) * 0.06 * torch.rand((), generator=generator)
     images[::2] = blurred + noise
     return images
 
 
-def balance(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels (N, attributes) → chances (N,) of drawing a picture, and what to add to the logits in training
-    (V,).
-
-    Pictures with rare values are drawn more often. What is left of the imbalance must not become a habit:
-    with the log frequency added to the logits in training only, the trained logits are those of equal
-    frequencies (Menon et al. 2021, "Long-tail learning via logit adjustment").
-    """
-    shown = [
-        nn.functional.one_hot(column + 1, len(v) + 1)[:, 1:].float()
-        for column, v in zip(labels.T, ATTRIBUTES.values(), strict=True)
-    ]
-    rarity = [one_hot @ (1 / (one_hot.sum(0) + 1)) for one_hot in shown]
-    chances = torch.stack([r / r.mean() for r in rarity]).mean(0)
-    lean = [torch.log(chances @ one_hot + 1) - torch.log((chances @ one_hot + 1).sum()) for one_hot in shown]
-    return chances, torch.cat(lean)
-
-
-def train(data: Path, out: Path, *, minutes: float, limit: int, seed: int = 0) -> dict:
-    """Trains for `minutes` of processor time (a busy machine takes longer and learns as much), exports to
-    `out`, returns the accuracy on people left out of the training."""
+def train(pictures: np.ndarray, labels: np.ndarray, attributes: Values, *, minutes: float, seed: int = 0) -> nn.Module:
+    """A net for one view, after `minutes` of processor time (a busy machine takes longer and learns as much)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    pictures, labels, people = read(data, limit)
-    left_out = people % 20 == 0
-    x, y = torch.from_numpy(pictures[~left_out]), torch.from_numpy(labels[~left_out])
-    starts = np.cumsum([0, *map(len, ATTRIBUTES.values())])
-    chances, lean = balance(y)
-    net = build_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    x, y = torch.from_numpy(pictures), torch.from_numpy(labels)
+    chances, lean = balance(y, attributes)
+    begin = starts(attributes)
+    net = build_net(attributes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     start, batch, step, seen_loss = time.process_time(), 64, 0, 0.0
     while (spent := (time.process_time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * spent)) + 1e-5
+            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * spent)) + 1e-5
         rows = torch.multinomial(chances, batch, generator=generator)
         images = softened(x[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(images.contiguous(memory_format=torch.channels_last))
         logits = logits.float() + lean
-        loss = sum(
-            nn.functional.cross_entropy(logits[:, starts[a] : starts[a + 1]], y[rows, a], ignore_index=-1)
-            for a in range(len(ATTRIBUTES))
+        losses = [
+            nn.functional.cross_entropy(logits[:, begin[a] : begin[a + 1]], y[rows, a], ignore_index=-1)
+            for a in range(len(attributes))
             if (y[rows, a] >= 0).any()
-        )
-        assert isinstance(loss, torch.Tensor)
+        ]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step, seen_loss = step + 1, 0.98 * seen_loss + 0.02 * float(loss.detach())
         if step % 100 == 0:
             print(f"step {step}  loss {seen_loss / (1 - 0.98**step):.3f}  {100 * spent:.0f} %", flush=True)
-
-    out.mkdir(parents=True, exist_ok=True)
-    export(net.eval(), out, {})
-    scorer = AttributeScorer(out)
-    found = [scorer.classify(picture) for picture in pictures[left_out]]
-    wanted = [
-        {n: v[i] for (n, v), i in zip(ATTRIBUTES.items(), row, strict=True) if i >= 0} for row in labels[left_out]
-    ]
-    result = attribute_accuracy(found, wanted)
-    export(net, out, {"left_out_people": rounded(result)})
-    return result
+    return net.eval()
 
 
-def export(net: nn.Module, out: Path, notes: dict) -> None:
-    """attributes.onnx, and attributes.json with the order of its outputs and `notes`."""
-    example = torch.zeros(1, 3, SIZE, SIZE)
-    torch.onnx.export(
-        net,
-        (example,),
-        str(out / "attributes.onnx"),
-        input_names=["image"],
-        output_names=["logits"],
-        dynamo=False,
-    )
-    names = {name: list(values) for name, values in ATTRIBUTES.items()}
-    (out / "attributes.json").write_text(json.dumps({"attributes": names, **notes}, indent=1) + "\n")
+def labels_of(data: People, rows: Iterable[int], attributes: Values) -> np.ndarray:
+    """(N, attributes): the index of each value, -1 for what cannot be seen."""
+    seen = [visible(data.attributes[i], data.styles[i]) for i in rows]
+    return np.array([[v.index(s[n]) if n in s else -1 for n, v in attributes.items()] for s in seen])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the attribute scorer on rendered people.")
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (python -m facesnap.synthetic)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6, help="of processor time")
-    parser.add_argument("--pictures", type=int, default=20_000, help="how many to read (50 KB of memory each)")
+    parser.add_argument("--minutes", type=float, default=6, help="of processor time, both nets together")
+    parser.add_argument("--pictures", type=int, default=12_000, help="how many to read (50 KB of memory each)")
     arguments = parser.parse_args()
-    result = train(arguments.data, arguments.out, minutes=arguments.minutes, limit=arguments.pictures)
-    print(table([(n, a["score"], f"recall {a['recall']:.3f}") for n, a in result["attributes"].items()]))
-    print(table([("all", result["score"], f"recall {result['recall']:.3f}")]))
+    data, out = load_people(arguments.data), arguments.out
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[: arguments.pictures])
+    left_out = data.person[rows] % 20 == 0
+    out.mkdir(parents=True, exist_ok=True)
+    accuracy: dict[str, dict] = {}
+    for view, share in (("face", 0.3), ("whole", 0.7)):
+        attributes = VIEWS[view]
+        pictures, labels = read(data, rows, view), labels_of(data, rows, attributes)
+        net = train(pictures[~left_out], labels[~left_out], attributes, minutes=share * arguments.minutes)
+        example = torch.zeros(1, 3, *pictures.shape[1:3])
+        path, names = str(out / f"attributes_{view}.onnx"), {"input_names": ["image"], "output_names": ["logits"]}
+        torch.onnx.export(net, (example,), path, **names, dynamo=False)
+
+        wanted, found = [], []
+        for picture, row in zip(pictures[left_out], labels[left_out], strict=True):
+            with torch.inference_mode():
+                logits = net(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy()
+            guesses = [int(part.argmax()) for part in np.split(logits, starts(attributes)[1:-1])]
+            found.append({n: v[g] for (n, v), g in zip(attributes.items(), guesses, strict=True)})
+            wanted.append({n: v[i] for (n, v), i in zip(attributes.items(), row, strict=True) if i >= 0})
+        result = attribute_accuracy(found, wanted)
+        accuracy |= result["attributes"]
+        print(table([(n, a["score"], f"recall {a['recall']:.3f}") for n, a in result["attributes"].items()]))
+    notes = {"views": VIEWS, "left_out_people": rounded(accuracy)}
+    (out / "attributes.json").write_text(json.dumps(notes, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,11 +95,21 @@ def people(run: Run, minutes: float) -> None:
 
 
 def faces(run: Run, minutes: float) -> None:
+    """The five nets, then the face pack (with A) and the scorer (C) where the other stages look for them."""
+    place = run.work / "faces"
     for net in NETS:
         _module(
-            "facesnap.training.facenets", net=net, data=run.data, out=run.work / "faces",
+            "facesnap.training.facenets", net=net, data=run.data, out=place,
             minutes=minutes / len(NETS), threads=run.threads, device=run.device,
         )  # fmt: skip
+    for source, target in {
+        "detector": "face_pack/detector",
+        "landmarks": "face_pack/landmarks",
+        "recogniser_A": "face_pack/recogniser",
+        "recogniser_C": "scorer/recogniser",
+    }.items():
+        (run.work / target).parent.mkdir(exist_ok=True)
+        shutil.copy(place / f"{source}.onnx", run.work / f"{target}.onnx")
 
 
 def vae(run: Run, minutes: float) -> None:
@@ -184,7 +194,7 @@ def joint(run: Run, minutes: float) -> None:
     )
     vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
     parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
-    _diffusion(run, "joint", parts, minutes, lr=1.5e-3)
+    _diffusion(run, "joint", parts, minutes, lr=2.5e-3)
 
 
 def facesnap(run: Run, minutes: float) -> None:

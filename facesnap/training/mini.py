@@ -198,7 +198,7 @@ def joint(run: Run, minutes: float) -> None:
 
 
 def facesnap(run: Run, minutes: float) -> None:
-    _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=4e-4)
+    _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=1e-3)
 
 
 def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) -> None:
@@ -276,10 +276,8 @@ def assemble(run: Run, minutes: float) -> None:
         ),
     )  # fmt: skip
     pipe.save_pretrained(run.out, dtype=torch.float16, max_shard_size="9MB")
-    attributes = run.work / "scorer" / "attributes.onnx"
-    if attributes.exists():
-        for file in attributes.parent.glob("attributes.*"):
-            shutil.copy(file, run.out / "scorer" / file.name)
+    for file in (run.work / "scorer").glob("attributes*"):  # the evaluation's judges, see evaluation/scorer.py
+        shutil.copy(file, run.out / "scorer" / file.name)
     for file in run.out.rglob("*.onnx"):
         store_half(file)
     total = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file())

@@ -48,12 +48,14 @@ COLOURLESS = ("pencil sketch", "black and white")
 def visible(attributes: dict, style: str) -> dict[str, str]:
     """Of a picture's attributes those that can be seen in it: the ones a prompt is judged by.
 
-    A pencil drawing shows no colours and no tint of the light; a landscape has no one colour; without a hat its
-    colour is nobody's.
+    A pencil drawing shows no colours and no tint of the light; the strokes of an oil painting swallow thin frames; a
+    landscape has no one colour; without a hat its colour is nobody's.
     """
     hidden = set()
     if style in COLOURLESS:
         hidden |= {"light", "background_color", "clothes_color", "hat_color"}
+    if style == "oil painting":
+        hidden.add("glasses")
     if attributes["background"] not in ("studio", "plain"):
         hidden.add("background_color")
     if attributes["hat"] == "none":

@@ -116,6 +116,8 @@ def attribute_accuracy(predicted: Sequence[dict], wanted: Sequence[dict]) -> dic
     attributes = {}
     for name in sorted({name for row in wanted for name in row}):
         pairs = [(p.get(name), w[name]) for p, w in zip(predicted, wanted, strict=True) if name in w]
+        if len({value for _, value in pairs}) < 2:
+            continue
         # None stands for "no face, no guess": it is wrong for every class. As text, since arrays sort their
         # values.
         recall, score = balanced_accuracy([str(p) for p, _ in pairs], [str(w) for _, w in pairs])

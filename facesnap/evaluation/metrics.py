@@ -110,8 +110,8 @@ def attribute_accuracy(predicted: Sequence[dict], wanted: Sequence[dict]) -> dic
     """Text accuracy: the mean over attributes of the chance-corrected macro recall.
 
     predicted, wanted: a dict of attribute name -> value for each picture; a picture whose `wanted` lacks an
-    attribute does not count for it. Returns {"score", "recall", "attributes": {name: {"score", "recall",
-    "pictures"}}}.
+    attribute does not count for it, and an attribute of which only one value was asked for is left out.
+    Returns {"score", "recall", "attributes": {name: {"score", "recall", "pictures"}}}.
     """
     attributes = {}
     for name in sorted({name for row in wanted for name in row}):

@@ -85,9 +85,12 @@ class AttributeScorer:
         """
         found: dict[str, str] = {}
         for view, attributes in self.views.items():
-            if view == "face" and keypoints is None:
+            if view == "whole":
+                seen = whole(image)
+            elif keypoints is not None:
+                seen = align(image, keypoints)
+            else:
                 continue
-            seen = whole(image) if view == "whole" else align(image, keypoints)
             pixels = seen.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
             logits = np.split(self.sessions[view].run(None, {"image": pixels})[0][0], starts(attributes)[1:-1])
             found |= {

@@ -1,5 +1,7 @@
 """The mini's recipe at tiny size: what each stage may change, and what its samples depend on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -201,3 +203,11 @@ def test_training_goes_on_from_a_shipped_checkpoint(pipe, tmp_path) -> None:
         assert all(v.dtype == torch.float32 for v in module.parameters()), name
         assert all(torch.allclose(v, shipped[k], atol=1e-3) for k, v in module.state_dict().items()), name
     assert (run.work / "head").is_dir() and (run.work / "vae").is_dir()
+
+
+def test_the_shipped_mini_is_small_enough_to_ship() -> None:
+    folder = Path(__file__).parent.parent / "assets" / "mini"
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    assert sizes, "assets/mini is missing"
+    assert max(sizes.values()) < 10_000_000
+    assert sum(sizes.values()) < 60_000_000

@@ -5,7 +5,8 @@ import os
 import pytest
 
 # Before torch is imported, and for the processes that tests start: tiny nets gain nothing from threads, and on some
-# CPUs torch 2.13 corrupts the heap ("free(): invalid next size") in the backward pass of small bfloat16 convolutions on two.
+# CPUs torch 2.13 corrupts the heap ("free(): invalid next size") with two of them, in the backward pass of small
+# bfloat16 convolutions.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

@@ -715,7 +715,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of shards")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", required=True, type=float)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    # torch 2.13 can corrupt the heap with two threads in the backward pass of small bfloat16 convolutions
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

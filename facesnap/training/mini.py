@@ -100,7 +100,7 @@ def faces(run: Run, minutes: float) -> None:
     for net in NETS:
         _module(
             "facesnap.training.facenets", net=net, data=run.data, out=place,
-            minutes=minutes / len(NETS), threads=run.threads, device=run.device,
+            minutes=minutes / len(NETS), device=run.device,
         )  # fmt: skip
     for source, target in {
         "detector": "face_pack/detector",

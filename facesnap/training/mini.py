@@ -280,6 +280,10 @@ def assemble(run: Run, minutes: float) -> None:
         shutil.copy(file, run.out / "scorer" / file.name)
     for file in run.out.rglob("*.onnx"):
         store_half(file)
+    for file in run.out.rglob("config.json"):  # diffusers notes the folder that a model was read from
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     total = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file())
     print(f"{run.out}: {total / 1e6:.1f} MB")
 

@@ -179,9 +179,7 @@ class FaceAnalyser:
     def _settle(self, bgr: np.ndarray, box: np.ndarray) -> np.ndarray:
         """From Haar's rough square to a box of our kind: what the landmark net's first answer spans."""
         landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
-        low, high = landmarks[:, :2].min(axis=0), landmarks[:, :2].max(axis=0)
-        # A detector's box begins on the forehead, the landmarks with the brows.
-        return np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]], np.float32)
+        return box_around(landmarks)
 
 
 class Recogniser:
@@ -210,6 +208,12 @@ def align(image: np.ndarray, keypoints: np.ndarray, size: int = 112) -> np.ndarr
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Cosine of two embeddings: 1 the same direction, about 0 for strangers."""
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def box_around(landmarks: np.ndarray) -> np.ndarray:
+    """A detector's box (4,) for landmarks (N, 2+): it begins on the forehead, they begin with the brows."""
+    low, high = landmarks[:, :2].min(axis=0), landmarks[:, :2].max(axis=0)
+    return np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]], np.float32)
 
 
 def five_points(landmarks: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from .features import Features, head_masks
 from .losses import (
     add_noise,
     diffusion_target,
-    drop_mask,
+    drop_text,
     masked_diffusion_loss,
     min_snr_weight,
     stratified_timesteps,
@@ -200,8 +200,8 @@ class DiffusionStage(Stage):
         count = len(latents)
         text, pooled, tokens, pooled_face = self.conditions(batch)
         # the pipeline gives zeros for an empty negative prompt (force_zeros_for_empty_prompt)
-        keep = ~drop_mask(count, self.text_drop, generator).to(latents.device)
-        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+        nothing = torch.zeros_like(text[0]), torch.zeros_like(pooled[0])
+        text, pooled = drop_text(text, pooled, *nothing, self.text_drop, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         timesteps = stratified_timesteps(count, len(self.alphas), generator).to(latents.device)
         alphas = self.alphas.to(latents.device)[timesteps]

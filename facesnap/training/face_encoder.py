@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from facesnap.faces import square_crop
+from facesnap.faces import box_around, square_crop
 from facesnap.pipeline import face_pixels
 
 from .data import People
@@ -103,9 +103,7 @@ def crops_of(people: People, rows: np.ndarray | None = None) -> np.ndarray:
     rows = np.arange(len(people)) if rows is None else rows
     out = np.empty((len(rows), 224, 224, 3), np.uint8)
     for i, row in enumerate(rows):
-        low, high = people.landmarks[row].min(0), people.landmarks[row].max(0)
-        box = np.array([low[0], low[1] - 0.35 * (high[1] - low[1]), high[0], high[1]])
-        out[i] = square_crop(people.images[int(row)], box)
+        out[i] = square_crop(people.images[int(row)], box_around(people.landmarks[row]))
     return out
 
 

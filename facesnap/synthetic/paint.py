@@ -12,6 +12,7 @@ from .head import (
     fold,
     hairline,
     jit,
+    lattice,
     lids,
     lip_width,
     lips,
@@ -56,9 +57,8 @@ def face(x, y, z, p, c):
     red = p.blush * bump(ax - 0.40, y - (ey - 0.27), 0.13, 0.10) + 0.25 * p.blush * bump(x, y - tip, 0.09, 0.07)
     blend(c, skin[0] * 1.05, skin[1] * 0.72, skin[2] * 0.72, min(red, 0.8))
     if p.freckles > 0:
-        spots = smoothstep(0.60, 0.74, noise(x * 22 + 3, y * 22 + 8))
-        area = bump(ax - 0.24, y - (ey - 0.22), 0.22, 0.13)
-        blend(c, skin[0] * 0.62, skin[1] * 0.42, skin[2] * 0.30, p.freckles * spots * area)
+        area = bump(ax - 0.24, y - (ey - 0.22), 0.24, 0.13)
+        blend(c, skin[0] * 0.62, skin[1] * 0.42, skin[2] * 0.30, 0.9 * p.freckles * freckle(x, y, p) * area)
     # what little light reaches: corners of the eyes, wings of the nose, under the lip, wrinkles
     dark = 0.30 * bump(ax - (ex - 0.13), y - (ey + 0.02), 0.06, 0.07)
     dark += 0.20 * bump(ax - ex, y - (ey + 0.07), 0.16, 0.045)
@@ -89,6 +89,23 @@ def face(x, y, z, p, c):
     gloss = mouth(x, y, p, c, gloss)
     scalp(x, y, z, p, c)
     return gloss, eye
+
+
+@jit
+def freckle(x, y, p):
+    """Cover at (x, y) by round dots of unequal sizes, at most one in each cell of a grid."""
+    gx = x * 15 + 40
+    gy = y * 15 + 40
+    cover = 0.0
+    for j in range(int(gy) - 1, int(gy) + 2):
+        for i in range(int(gx) - 1, int(gx) + 2):
+            s = lattice(i * 3 + 1 + int(p.hair_seed * 1000), j * 3 + 2)
+            dx = gx - i - 0.15 - 0.7 * lattice(i * 5 + 7, j * 3)
+            dy = gy - j - 0.15 - 0.7 * lattice(i * 3, j * 5 + 9)
+            r = 0.10 + 0.24 * s
+            if s > 0.35:
+                cover = max(cover, smoothstep(r + 0.12, r - 0.10, math.hypot(dx, dy)))
+    return cover
 
 
 @jit

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-VERSION = "1"  # of the rendered world; stored with every weight trained on it
+VERSION = "2"  # of the rendered world; stored with every weight trained on it
 EVALUATION_PEOPLE = range(1_000_000, 1_010_000)
 
 IDENTITY_SHAPE = (

@@ -100,7 +100,7 @@ def build(p):
     if p["curtain_length"] > 0:
         shell(curtain_mesh, CURTAIN_GRID, CURTAIN)
     if p["bun"] > 0 and p["hat"] == 0:
-        head.append((*bun_mesh(p, *BUN_GRID), triangles(*BUN_GRID, True), HAIR))
+        head.append((*bun_mesh(p, *BUN_GRID), triangles(*BUN_GRID), HAIR))
     if p["hat"] > 0:
         shell(hat_mesh, HAT_GRID, HAT)
     if p["hat"] == 2:

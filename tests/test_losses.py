@@ -98,6 +98,14 @@ def test_min_snr_weighs_the_same_x0_error_alike_for_both_kinds():
     torch.testing.assert_close(weighed[0], snr.clamp(max=5) * 0.1**2, rtol=1e-2, atol=1e-6)
 
 
+def test_noisy_steps_keep_their_own_weight_and_clear_ones_are_capped():
+    a = scheduler().alphas_cumprod[torch.tensor([5, 400, 900])]
+    snr = a / (1 - a)
+    weight = losses.capped_snr_weight(a)
+    assert snr[0] > 4 and weight[0] * (snr[0] + 1) == pytest.approx(5, rel=1e-4)
+    assert (snr[1:] < 4).all() and (weight[1:] == 1).all()
+
+
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="'sample' is not known"):
         losses.min_snr_weight("sample", torch.tensor([0.5]))

@@ -112,6 +112,27 @@ def test_a_batch_is_a_function_of_its_seed(people, tokenizer, monkeypatch) -> No
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_kept_controls_predict_what_drawings_do_and_their_embedding_stays(people, tokenizer, monkeypatch, tmp_path):
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    embedding = stage.parts.ffrnet.controlnet_cond_embedding
+    for block in [embedding.conv_out, *stage.parts.ffrnet.controlnet_down_blocks]:
+        torch.nn.init.normal_(block.weight)
+    stage.features.fitted[:] += 5  # so that exact and fitted drawings differ
+    drawn = stage.batch(np.random.default_rng(0))
+    with torch.no_grad():
+        conditions = stage.conditions(drawn)
+        want = stage.predict(drawn["latents"], torch.full((4,), 500), drawn, *conditions)
+        stage.use_controls(stage.embed_controls())
+        kept = stage.batch(np.random.default_rng(0))
+        got = stage.predict(kept["latents"], torch.full((4,), 500), kept, *conditions)
+    assert kept["control"].shape == (4, 32, GRID, GRID)
+    assert (got - want).abs().max() < 0.02 * want.abs().max()  # the embeddings were made in bfloat16
+    before = snapshot({"embedding": embedding})
+    Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
+    after = snapshot({"embedding": stage.parts.ffrnet.controlnet_cond_embedding})
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
 def test_masks_cover_face_and_hair_only(people) -> None:
     masks = head_masks(people, GRID)
     share = np.isin(people.masks[0], (1, 2)).mean()

@@ -5,6 +5,8 @@ off for a share of the samples so that the base stands on its own. `facesnap` is
 frozen, only mixer and FFRNet learn, by the masked loss (equation 3).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from facesnap.ffrnet import FFRNet
@@ -23,10 +27,10 @@ from .data import People
 from .features import Features, head_masks
 from .losses import (
     add_noise,
+    capped_snr_weight,
     diffusion_target,
     drop_text,
     masked_diffusion_loss,
-    min_snr_weight,
     stratified_timesteps,
 )
 from .text import encode_text, token_ids
@@ -94,7 +98,8 @@ class Parts:
 class DiffusionStage(Stage):
     """Batches of (latents, noise, text, references, drawing) for both stages.
 
-    latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly.
+    latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly,
+    unless `use_controls` is called.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class DiffusionStage(Stage):
         clip: np.ndarray,
         *,
         joint: bool,
-        batch_size: int = 64,
+        batch_size: int = 32,
         without_ffrnet: float = 0.15,
         text_drop: float = 0.1,
         background: float = 0.5,
@@ -115,6 +120,7 @@ class DiffusionStage(Stage):
         self.parts, self.joint, self.batch_size = parts, joint, batch_size
         self.people, self.features = people, features
         self.latents, self.clip = latents, clip
+        self.controls: np.ndarray | None = None
         self.without_ffrnet = without_ffrnet if joint else 0.0
         self.text_drop, self.background = text_drop, background if joint else 0.0
         self.control_size = control_size
@@ -149,14 +155,12 @@ class DiffusionStage(Stage):
             others = self.references[int(row)]
             take = rng.permutation(others)[:most]
             chosen[i, : len(take)], mask[i, : len(take)] = take, True
-        size = self.control_size
-        scale = size / self.people.size[0]
-        control = np.empty((len(rows), size, size, 3), np.uint8)
-        for i, row in enumerate(rows):
-            # half of the drawings are what the predictor gives at use, half are exact
-            fitted = self.features.found[row] and rng.random() < 0.5
-            points = (self.features.fitted if fitted else self.people.landmarks)[row]
-            control[i] = draw(points * scale, (size, size))
+        # half of the drawings are what the predictor gives at use, half are exact
+        fitted = self.features.found[rows] & (rng.random(len(rows)) < 0.5)
+        if self.controls is not None:
+            control = torch.from_numpy(self.controls[fitted.astype(int), rows])
+        else:
+            control = torch.stack([self.drawing(row, own) for row, own in zip(rows, fitted, strict=True)])
         rich = self.joint & (rng.random(len(rows)) < self.without_ffrnet)
         ids = torch.where(torch.from_numpy(rich & (rng.random(len(rows)) < 0.7))[:, None],
                           self.rich_ids[rows], self.prompt_ids[rows])  # fmt: skip
@@ -167,9 +171,35 @@ class DiffusionStage(Stage):
             "embeddings": torch.from_numpy(self.features.embeddings[chosen]),
             "clip": torch.from_numpy(self.clip[chosen]),
             "reference_mask": torch.from_numpy(mask),
-            "control": torch.from_numpy(control).permute(0, 3, 1, 2),
+            "control": control,
             "ffrnet": torch.from_numpy(~rich),
         }
+
+    def drawing(self, row: int, fitted: bool = False) -> Tensor:
+        """(3, H, W) uint8."""
+        points = (self.features.fitted if fitted else self.people.landmarks)[row]
+        size = self.control_size
+        return torch.from_numpy(draw(points * (size / self.people.size[0]), (size, size))).permute(2, 0, 1)
+
+    def use_controls(self, controls: np.ndarray) -> None:
+        """Freeze FFRNet's embedding of the drawings and take its output from `embed_controls`: half the cost."""
+        self.parts.ffrnet.controlnet_cond_embedding.requires_grad_(False)
+        self.controls = controls
+
+    @torch.no_grad()
+    def embed_controls(self) -> np.ndarray:
+        """(2, N, C, h, w) float16: FFRNet's embedding of every picture's exact drawing and of its fitted one."""
+        embedding = self.parts.ffrnet.controlnet_cond_embedding
+        device = next(embedding.parameters()).device
+        out = []
+        for fitted in (False, True):
+            for start in tqdm(range(0, len(self.people), 32), unit="batch"):
+                rows = range(start, min(start + 32, len(self.people)))
+                # a picture without a face has no fitted points, and never asks for them
+                drawings = [self.drawing(row, fitted and bool(self.features.found[row])) for row in rows]
+                with torch.autocast(device.type, torch.bfloat16):
+                    out.append(embedding(_pixels(torch.stack(drawings).to(device))).half().cpu().numpy())
+        return np.concatenate(out).reshape(2, len(self.people), *out[0].shape[1:])
 
     def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Text (B, n, d) and pooled text, face tokens (B, m, d) and pooled face."""
@@ -182,11 +212,12 @@ class DiffusionStage(Stage):
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch, text, pooled, tokens, pooled_face) -> Tensor:
         side = float(self.people.size[0])
         time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
-        control = batch["control"].float().div(255).contiguous(memory_format=torch.channels_last)
-        down, mid = self.parts.ffrnet(
-            noisy, timesteps, tokens, control,
-            added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
-        )  # fmt: skip
+        embedded = batch["control"].dtype == torch.float16
+        with _embedded(self.parts.ffrnet) if embedded else nullcontext():
+            down, mid = self.parts.ffrnet(
+                noisy, timesteps, tokens, batch["control"].float() if embedded else _pixels(batch["control"]),
+                added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
+            )  # fmt: skip
         if self.without_ffrnet:
             on = batch["ffrnet"].to(mid.dtype)[:, None, None, None]
             down, mid = [d * on for d in down], mid * on
@@ -196,6 +227,11 @@ class DiffusionStage(Stage):
         )[0]  # fmt: skip
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        # on a CPU the backward pass of the flash kernel takes ten times as long for sequences this short
+        with sdpa_kernel(SDPBackend.MATH) if batch["latents"].device.type == "cpu" else nullcontext():
+            return self._loss(batch, generator)
+
+    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         count = len(latents)
         text, pooled, tokens, pooled_face = self.conditions(batch)
@@ -213,7 +249,7 @@ class DiffusionStage(Stage):
             prediction,
             target,
             batch["mask"],
-            weight=min_snr_weight(PREDICTION, alphas),
+            weight=capped_snr_weight(alphas),
             background=self.background,
         )
         with torch.no_grad():  # error of the latents themselves, by noise level: comparable between runs
@@ -229,17 +265,13 @@ class DiffusionStage(Stage):
         scheduler = make_scheduler()
         scheduler.set_timesteps(steps)
         generator = torch.Generator().manual_seed(seed)
-        size = self.control_size
-        scale = size / self.people.size[0]
         references = np.array([[self.references[int(row)][0]] for row in rows])
         batch = {
             "ids": self.prompt_ids[rows],
             "embeddings": torch.from_numpy(self.features.embeddings[references]),
             "clip": torch.from_numpy(self.clip[references]).float(),  # autocast cannot join halves
             "reference_mask": torch.ones(len(rows), 1, dtype=torch.bool),
-            "control": torch.from_numpy(
-                np.stack([draw(self.people.landmarks[row] * scale, (size, size)) for row in rows])
-            ).permute(0, 3, 1, 2),
+            "control": torch.stack([self.drawing(row) for row in rows]),
             "ffrnet": torch.ones(len(rows), dtype=torch.bool),
         }
         device = next(self.parts.unet.parameters()).device
@@ -260,6 +292,22 @@ class DiffusionStage(Stage):
             prediction = plain + guidance * (told - plain)
             latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents
+
+
+def _pixels(drawings: Tensor) -> Tensor:
+    """Drawings (B, 3, H, W) uint8 as FFRNet wants them."""
+    return drawings.float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _embedded(ffrnet: FFRNet) -> Iterator[None]:
+    """While it lasts, the network takes the control picture's embedding in place of the picture."""
+    embedding = ffrnet.controlnet_cond_embedding
+    ffrnet.controlnet_cond_embedding = nn.Identity()
+    try:
+        yield
+    finally:
+        ffrnet.controlnet_cond_embedding = embedding
 
 
 class SheetStage(DiffusionStage):

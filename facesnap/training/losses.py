@@ -62,6 +62,17 @@ def min_snr_weight(kind: str, alphas_cumprod: Tensor, gamma: float = 5.0) -> Ten
     raise ValueError(f"prediction kind {kind!r} is not known; choose one of {', '.join(KINDS)}")
 
 
+def capped_snr_weight(alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
+    """(B,) weights for v-prediction: an x₀ loss weighed by min(SNR + 1, γ).
+
+    Min-SNR leaves next to nothing to the noisiest half of the steps. There the picture is decided by what the model
+    is told (face, pose, prompt), and half of an eight-step sampler's steps lie there: they keep v-prediction's own
+    weight, and only the steps with little noise are capped.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (snr + 1).clamp(max=gamma) / (snr + 1)
+
+
 def latent_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """A pixel mask (B, 1, H, W) in [0, 1] on the latent grid (h, w): the share of each cell that it
     covers."""

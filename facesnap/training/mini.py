@@ -20,6 +20,7 @@ checkpoint (`--out`), so that training goes on from weights that were shipped: t
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -36,6 +37,7 @@ import onnx
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx import helper, numpy_helper
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
 from facesnap.ffrnet import FFRNet
@@ -177,7 +179,7 @@ def unpack(run: Run, minutes: float) -> None:
 
 def joint(run: Run, minutes: float) -> None:
     if (run.work / "start").is_dir():
-        return _diffusion(run, "joint", load_parts(run.work / "start"), minutes, lr=1e-3)
+        return _diffusion(run, "joint", load_parts(run.work / "start"), minutes, lr=1.5e-3)
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
     text, _ = make_text_encoders(tokenizer)
@@ -194,14 +196,15 @@ def joint(run: Run, minutes: float) -> None:
     )
     vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
     parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
-    _diffusion(run, "joint", parts, minutes, lr=2.5e-3)
+    _diffusion(run, "joint", parts, minutes, lr=2.5e-3, embed=False)
 
 
 def facesnap(run: Run, minutes: float) -> None:
     _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=1e-3)
 
 
-def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) -> None:
+def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float, embed: bool = True) -> None:
+    """`embed`: the control pictures' embedding has learned before; it stays frozen and its output is kept."""
     place = run.work / "features"
     stage = SheetStage(
         parts,
@@ -213,6 +216,11 @@ def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) 
         control_size=SIZE,
         vae=AutoencoderKL.from_pretrained(run.work / "vae").eval(),
     )
+    if embed:
+        kept = place / f"controls-{_fingerprint(parts.ffrnet.controlnet_cond_embedding)}.npy"
+        if not kept.exists():
+            _save(kept, stage.embed_controls())
+        stage.use_controls(np.load(kept))
     trainer = Trainer(
         stage,
         TrainerConfig(
@@ -223,6 +231,11 @@ def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float) 
     trainer.train()
     with trainer.averaged():
         save_parts(parts, run.work / name)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    weights = b"".join(value.detach().float().numpy().tobytes() for value in module.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:12]
 
 
 def save_parts(parts: Parts, folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from facesnap.evaluation import metrics, photographs, portraits, protocol, report
+from facesnap.evaluation import metrics, photographs, portraits, probes, protocol, report
 from facesnap.evaluation.__main__ import parse
 from facesnap.evaluation.scorer import visible
 from facesnap.synthetic.people import EVALUATION_PEOPLE
@@ -43,6 +43,30 @@ def test_same_and_different_pairs():
     embeddings = np.array([[1.0, 0], [1.0, 0], [0, 1.0]])
     same, different = metrics.same_and_different(embeddings, np.array([7, 7, 8]))
     assert same.tolist() == [1.0] and different.tolist() == [0.0, 0.0]
+
+
+def test_a_linear_probe_finds_what_is_there_and_nothing_where_nothing_is():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["blue", "brown", "green"], 300)
+    held = np.arange(300) >= 200
+    noise = rng.standard_normal((300, 40))
+    told = noise + 6 * (labels[:, None] == np.array(["blue", "brown", "green"])) @ rng.standard_normal((3, 40))
+    known = metrics.linear_probe(told, labels, held, ridge=0.1)
+    assert known["balanced_accuracy"] > 0.9 and known["chance"] == pytest.approx(1 / 3)
+    assert metrics.linear_probe(noise, labels, held)["balanced_accuracy"] < 0.5
+    rare = labels.copy()
+    rare[-1] = "grey"  # never seen by the probe, so not asked
+    assert metrics.linear_probe(told, rare, held, ridge=0.1)["chance"] == pytest.approx(1 / 3)
+
+
+def test_probes_ask_only_held_out_people(tmp_path):
+    out = tmp_path / "probes.json"
+    arguments = parse(f"probes --model assets/mini --people 30 --size 128 --out {out}".split())
+    results = probes.run(arguments)["results"]
+    seeds = {int(p.name.split("_")[1]) for p in out.with_suffix(".work").iterdir()}
+    assert len(seeds) == 30 and all(seed in EVALUATION_PEOPLE for seed in seeds)
+    assert set(results["probes"]) == {"eyes", "hair", "beard"} and results["tested"] <= 20
+    assert all(0 <= p["balanced_accuracy"] <= 1 for p in results["probes"].values())
 
 
 def test_landmark_error_is_in_eye_distances():

@@ -1,4 +1,4 @@
-"""`python -m facesnap.evaluation [portraits|stock|predictor|photographs] --model DIR --out FILE`, portraits
+"""`python -m facesnap.evaluation [portraits|stock|predictor|photographs|probes] --model DIR --out FILE`, portraits
 by default.
 
 Every run writes a JSON report (figures, settings, command, commit, model version, machine, library
@@ -16,6 +16,7 @@ COMMANDS = {
     "portraits": "identity, pose and text of portraits of held-out people",
     "stock": "the base model through diffusers' own SDXL pipeline",
     "predictor": "predicted landmarks from detected ones, against the driver's copied",
+    "probes": "what the face encoder's features tell of held-out people, linearly",
     "photographs": "detection in seven photographs that every installation has",
 }
 
@@ -30,12 +31,16 @@ def parse(words: list[str]) -> argparse.Namespace:
         command.add_argument("--out", required=True, help="the report, a .json file")
         command.add_argument("--seed", type=int, default=0, help="of all draws")
         command.add_argument("--device", default="cpu", help="where the model runs")
-        command.add_argument("--sheet", help="also write a contact sheet (.jpg or .png)")
+        if name != "probes":
+            command.add_argument("--sheet", help="also write a contact sheet (.jpg or .png)")
         if name == "photographs":
             continue
         command.add_argument("--size", type=int, default=256, help="side of the rendered pictures, pixels")
         if name == "predictor":
             command.add_argument("--pairs", type=int, default=200)
+            continue
+        if name == "probes":
+            command.add_argument("--people", type=int, default=450)
             continue
         command.add_argument("--steps", type=int, help="of the sampler; the checkpoint's own by default")
         command.add_argument("--guidance", type=float, help="the checkpoint's own by default")
@@ -59,6 +64,8 @@ def main() -> None:
         from facesnap.evaluation import stock as task  # type: ignore[no-redef]
     elif arguments.command == "predictor":
         from facesnap.evaluation import pixels as task  # type: ignore[no-redef]
+    elif arguments.command == "probes":
+        from facesnap.evaluation import probes as task  # type: ignore[no-redef]
     else:
         from facesnap.evaluation import photographs as task  # type: ignore[no-redef]
     out = Path(arguments.out)

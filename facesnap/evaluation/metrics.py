@@ -106,6 +106,27 @@ def balanced_accuracy(predicted: Sequence, wanted: Sequence) -> tuple[float, flo
     return recall, (recall - chance) / (1 - chance)
 
 
+def linear_probe(features: np.ndarray, labels: Sequence, held: np.ndarray, ridge: float = 10.0) -> dict[str, float]:
+    """Balanced accuracy on the `held` rows (N,) bool of a linear classifier fitted to the others, beside chance.
+
+    Ridge regression to one-hot labels from the standardised features (N, D), in its dual form: samples are
+    fewer than features. Classes that miss on either side are left out of the figure.
+    """
+    x = (features - features[~held].mean(0)) / (features[~held].std(0) + 1e-6)
+    named = np.asarray(labels)
+    classes = np.intersect1d(named[~held], named[held])
+    target = (named[~held, None] == classes).astype(float)
+    target = (target - target.mean(0)) / (target.std(0) + 1e-6)
+    gram = x[~held] @ x.T
+    weights = np.linalg.solve(gram[:, ~held] + ridge * x.shape[1] * np.eye(len(target)), target)
+    known = np.isin(named[held], classes)
+    said = classes[(gram[:, held].T @ weights).argmax(1)]
+    return {
+        "balanced_accuracy": balanced_accuracy(said[known], named[held][known])[0],
+        "chance": 1 / len(classes),
+    }
+
+
 def attribute_accuracy(predicted: Sequence[dict], wanted: Sequence[dict]) -> dict:
     """Text accuracy: the mean over attributes of the chance-corrected macro recall.
 

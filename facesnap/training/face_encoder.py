@@ -2,7 +2,7 @@
 
 The picture side becomes `face_encoder` (its penultimate hidden states are the mixer's detailed features), the text side
 starts the second text encoder. It never sees an identity label and shares nothing with the recognisers. `probes` asks
-what the features know of held-out people, by linear classifiers.
+what the features know, by linear classifiers; `python -m facesnap.evaluation probes` asks it of people nobody has seen.
 """
 
 import math
@@ -20,6 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around, square_crop
 from facesnap.pipeline import face_pixels
 
@@ -117,32 +118,16 @@ def features_of(encoder: nn.Module, crops: np.ndarray, batch_size: int = 64) -> 
     return torch.cat(out)
 
 
-def probes(features: Tensor, people: People, rows: np.ndarray, *, ridge: float = 10.0) -> dict[str, dict[str, float]]:
-    """Linear probes: balanced accuracy on the last third of the people for eyes, hair and beard, beside chance.
+def probes(features: Tensor, people: People, rows: np.ndarray) -> dict[str, dict[str, float]]:
+    """Linear probes for eyes, hair and beard from `features` (N, P, C) of `rows`, on the last third of the people.
 
-    `features` (N, P, C) of `rows`; a ridge regression on one-hot labels from the standardised, flattened features.
+    Those people are unknown to the probes, not to the encoder: a quick look. The evaluation asks strangers.
     """
-    x = features.flatten(1).double().numpy()
     person = people.person[rows]
     held = np.isin(person, np.unique(person)[-len(np.unique(person)) // 3 :])
-    x = (x - x[~held].mean(0)) / (x[~held].std(0) + 1e-6)
-    gram = x[~held] @ x.T  # ridge in its dual form: fewer pictures than features
-    inverse = np.linalg.inv(gram[:, ~held] + ridge * x.shape[1] * np.eye((~held).sum()))
-    out = {}
-    for name in ("eyes", "hair", "beard"):
-        labels = np.array([people.attributes[row][name] for row in rows])
-        classes = sorted(set(labels[~held]) & set(labels[held]))
-        target = np.stack([labels[~held] == c for c in classes], 1).astype(float)
-        target = (target - target.mean(0)) / (target.std(0) + 1e-6)
-        scores = gram[:, held].T @ (inverse @ target)
-        said = np.array(classes)[scores.argmax(1)]
-        truth = labels[held]
-        recall = [float((said[truth == c] == c).mean()) for c in classes]
-        out[name] = {
-            "balanced_accuracy": round(float(np.mean(recall)), 3),
-            "chance": round(1 / len(classes), 3),
-        }
-    return out
+    x = features.flatten(1).double().numpy()
+    names = ("eyes", "hair", "beard")
+    return {name: linear_probe(x, [people.attributes[row][name] for row in rows], held) for name in names}
 
 
 def save_face_encoder(encoder: CLIPVisionModelWithProjection, folder: Path) -> None:

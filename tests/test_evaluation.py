@@ -59,12 +59,13 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_where_nothing_is():
     assert metrics.linear_probe(told, rare, held, ridge=0.1)["chance"] == pytest.approx(1 / 3)
 
 
-def test_probes_ask_only_held_out_people(tmp_path):
+def test_probes_ask_only_held_out_people(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "PHOTOS", (40,))
     out = tmp_path / "probes.json"
-    arguments = parse(f"probes --model assets/mini --people 30 --size 128 --out {out}".split())
+    arguments = parse(f"probes --model assets/mini --people 60 --size 96 --out {out}".split())
     results = probes.run(arguments)["results"]
     seeds = {int(p.name.split("_")[1]) for p in out.with_suffix(".work").iterdir()}
-    assert len(seeds) == 30 and all(seed in EVALUATION_PEOPLE for seed in seeds)
+    assert len(seeds) == 60 and all(seed in EVALUATION_PEOPLE for seed in seeds)
     assert set(results["probes"]) == {"eyes", "hair", "beard"} and results["tested"] <= 20
     assert all(0 <= p["balanced_accuracy"] <= 1 for p in results["probes"].values())
 

@@ -96,7 +96,7 @@ class DecaEncoder(nn.Module):
             encoder = cls(len(state["encoder.conv1.weight"]), blocks, len(state["layers.0.weight"]))
             encoder.load_state_dict(state)
         except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
-            what = str(error).splitlines()[-1].strip()
+            what = str(error).splitlines()[-1].strip()[:200]  # one line for each kind of misfit
             raise InputError(f"{source} does not hold DECA's encoder: {what}") from error
         return encoder.eval().requires_grad_(False)
 

@@ -13,6 +13,7 @@ head folder of one's own copy.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -339,7 +340,7 @@ _EMBEDDING_SHAPES = {
 }
 
 
-def _entries(loaded: Any, source: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[str, np.ndarray]:
+def _entries(loaded: Any, source: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, np.ndarray]:
     if not isinstance(loaded, dict):
         raise InputError(f"{source.name} holds a {type(loaded).__name__} where a dictionary was expected.")
     found = {}

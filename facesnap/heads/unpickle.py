@@ -2,8 +2,8 @@
 
 FLAME and DECA come as Python pickles, and a pickle is a program: reading one may run any function. Here only the
 handful of classes that these files are known to hold is let through; whatever else a file names is refused
-before it is looked up. chumpy and scipy.sparse are not imported either: their objects become `Record`s, which only
-keep what was stored, and `array` computes from that what is known how to compute.
+before it is looked up. Objects of chumpy, which need not be installed, and scipy's sparse matrices become `Record`s:
+these only keep what was stored, and `array` makes an array of the kinds that are known.
 """
 
 import io
@@ -102,15 +102,19 @@ def load_torch(path: str | Path) -> Any:
 
 def array(value: Any, source: Path, name: str) -> np.ndarray:
     """An entry of a loaded file as a plain array; InputError where it is something else."""
+    return _read(source, lambda: _array(value, source, name))
+
+
+def _array(value: Any, source: Path, name: str) -> np.ndarray:
     if isinstance(value, Record):
         part, state = value.kind.rsplit(".", 1)[1], value.state
         if value.kind.startswith("scipy.sparse") and {"data", "indices", "indptr"} <= set(state):
             kind: Any = getattr(scipy.sparse, part)
             return kind((state["data"], state["indices"], state["indptr"]), shape=state.get("_shape")).toarray()
         if part == "Ch" and "x" in state:
-            return array(state["x"], source, name)
+            return _array(state["x"], source, name)
         if part == "Select" and {"a", "idxs"} <= set(state):
-            chosen = array(state["a"], source, name).ravel()[state["idxs"]]
+            chosen = _array(state["a"], source, name).ravel()[state["idxs"]]
             return chosen.reshape(state.get("preferred_shape", chosen.shape))
         raise InputError(f"{source.name} holds {name} as a {value.kind}, which is not known here.")
     if hasattr(value, "detach"):  # a tensor

@@ -8,7 +8,9 @@ import pytest
 from simulated_heads import EXPRESSIONS, expression_offsets, mean_head, model, people
 
 from facesnap import landmarks
+from facesnap.faces import Face
 from facesnap.heads import Head, LinearHeadModel, euler_from_rotation, rotation_from_euler
+from facesnap.heads.regressor import ShapeRegressor
 
 SIZE = (512, 640)
 
@@ -271,3 +273,56 @@ def test_save_and_load_give_the_same_model(heads, tmp_path, distance):
 
 def test_the_simulated_head_is_symmetric():
     assert np.allclose(mean_head()[landmarks.MIRROR] * [-1, 1, 1], mean_head())
+
+
+# ---------------------------------------------------------------- shape from an embedding
+
+
+@pytest.fixture(scope="module")
+def regressed(heads) -> tuple[LinearHeadModel, np.ndarray]:
+    """The head with a regressor, and the matrix by which this world's embeddings (64,) depend on identity."""
+    rng = np.random.default_rng(5)
+    mixing = rng.standard_normal((heads.num_identity, 64))
+    identities = rng.standard_normal((300, heads.num_identity))
+    embeddings = embed(identities, mixing, rng)
+    return replace(heads, regressor=ShapeRegressor.fit(embeddings, identities, np.arange(300))), mixing
+
+
+def embed(identities, mixing, rng) -> np.ndarray:
+    return 20 * np.tanh((identities @ mixing + rng.standard_normal((len(identities), 64))) / 20)
+
+
+def face_of(heads, head, embedding, noise, seed) -> Face:
+    return Face(
+        box=np.zeros(4), keypoints=np.zeros((5, 2)), landmarks=seen(heads, head, noise=noise, seed=seed),
+        embedding=embedding, crop=np.zeros((1, 1, 3), np.uint8), size=SIZE, score=1.0, count=1, found_by="detector",
+    )  # fmt: skip
+
+
+def test_an_embedding_tells_the_shape_that_noisy_landmarks_hide(heads, regressed):
+    model, mixing = regressed
+    with_it, without = [], []
+    for seed in range(12):
+        true = random_head(heads, 100 + seed)
+        embedding = embed(true.identity[None], mixing, np.random.default_rng(seed))[0]
+        face = face_of(heads, true, embedding, 0.08, seed)
+        for found, errors in ((model.reconstruct([face])[0], with_it), (heads.reconstruct([face])[0], without)):
+            errors.append(np.linalg.norm(found.identity - true.identity))
+    assert np.mean(with_it) < 0.8 * np.mean(without)
+
+
+def test_the_regressor_knows_how_wrong_it_is(heads, regressed):
+    model, mixing = regressed
+    rng = np.random.default_rng(9)
+    identities = rng.standard_normal((200, heads.num_identity))
+    means = np.stack([model.regressor(e[None])[0] for e in embed(identities, mixing, rng)])
+    claimed = np.trace(model.regressor.covariance)
+    assert 0.7 < ((means - identities) ** 2).sum(1).mean() / claimed < 1.4
+
+
+def test_a_head_keeps_its_regressor_on_disk(regressed, tmp_path):
+    model = regressed[0]
+    model.save_pretrained(tmp_path)
+    again = LinearHeadModel.from_pretrained(tmp_path)
+    for name, value in vars(model.regressor).items():
+        assert np.array_equal(getattr(again.regressor, name), value)

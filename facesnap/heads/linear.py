@@ -5,18 +5,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from facesnap import landmarks
-from facesnap.heads.model import CONFIG_NAME, WEIGHTS_NAME, HeadModel
+from facesnap.heads.model import CONFIG_NAME, WEIGHTS_NAME, Head, HeadModel
+from facesnap.heads.regressor import ShapeRegressor
+
+if TYPE_CHECKING:
+    from facesnap.faces import Face
+
+# Landmark noise in eye distances beside a regressed shape. A fit that measures its own noise believes landmarks too
+# much then: measured on held-out rendered people, 0.90 of the error of copied landmarks against 0.78.
+REGRESSED_NOISE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class LinearHeadModel(HeadModel):
     """A linear head: mean (72, 3), identity_basis (I, 72, 3), expression_basis (E, 72, 3), in any unit. What the
-    other fields mean stands in `HeadModel`."""
+    other fields mean stands in `HeadModel`.
+
+    regressor: reads the shape from the embedding of the recogniser that it was made with, so it belongs into a
+    checkpoint with that recogniser.
+    """
 
     mean: np.ndarray
     identity_basis: np.ndarray
@@ -27,6 +40,7 @@ class LinearHeadModel(HeadModel):
     expression_names: tuple[str, ...] = ()
     nonnegative_expression: bool = False
     distance: float = math.inf
+    regressor: ShapeRegressor | None = None
 
     # ------------------------------------------------------------------ where models come from
 
@@ -98,8 +112,11 @@ class LinearHeadModel(HeadModel):
     def from_pretrained(cls, folder: str | Path) -> "LinearHeadModel":
         """Reads what save_pretrained wrote."""
         config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+        weights = load_file(Path(folder) / WEIGHTS_NAME)
+        own = {name: weights.pop(name) for name in list(weights) if name.startswith("regressor.")}
         return cls(
-            **load_file(Path(folder) / WEIGHTS_NAME),
+            **weights,
+            regressor=ShapeRegressor(**{k.removeprefix("regressor."): v for k, v in own.items()}) if own else None,
             name=config["name"],
             expression_names=tuple(config["expression_names"]),
             nonnegative_expression=config["nonnegative_expression"],
@@ -118,7 +135,20 @@ class LinearHeadModel(HeadModel):
         }
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         names = ("mean", "identity_basis", "expression_basis", "identity_std", "expression_std")
-        save_file({n: np.ascontiguousarray(getattr(self, n)) for n in names}, Path(folder) / WEIGHTS_NAME)
+        weights = {name: getattr(self, name) for name in names}
+        if self.regressor is not None:
+            weights |= {f"regressor.{name}": value for name, value in vars(self.regressor).items()}
+        save_file({n: np.ascontiguousarray(w) for n, w in weights.items()}, Path(folder) / WEIGHTS_NAME)
+
+    def reconstruct(self, faces: "Sequence[Face]") -> list[Head]:
+        if self.regressor is None:
+            return super().reconstruct(faces)
+        return self.fit(
+            [face.landmarks for face in faces],
+            [face.size for face in faces],
+            identity_prior=self.regressor(np.stack([face.embedding for face in faces])),
+            noise=REGRESSED_NOISE,
+        )
 
     # ------------------------------------------------------------------ from coefficients to points
 

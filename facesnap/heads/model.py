@@ -170,6 +170,7 @@ class HeadModel(ABC):
         *,
         noise: float | None = None,
         expression_noise: float = 1.5,
+        identity_prior: tuple[np.ndarray, np.ndarray] | None = None,
         iterations: int = 6,
     ) -> list[Head]:
         """Landmarks of one or several pictures of ONE person → a Head for each, all of the same identity.
@@ -182,14 +183,17 @@ class HeadModel(ABC):
         noise: standard deviation of a landmark, in eye distances; None measures it from what the fit leaves.
         expression_noise: the factor by which expressions are held closer to neutral than their spread says;
             what is taken for expression too easily is the driver's identity.
+        identity_prior: mean (I,) and precision (I, I) of the identity, where more is known than how people
+            spread; by default the average head and identity_std.
         """
         arrays = [points] if isinstance(points, np.ndarray) else points
         pictures = [_Picture(array, self.mean) for array in arrays]
-        identity = np.zeros(self.num_identity)
+        prior = identity_prior or (np.zeros(self.num_identity), np.diag(1 / self.identity_std**2))
+        identity = prior[0]
         expressions = np.zeros((len(pictures), self.num_expression))
         level = FIRST_NOISE if noise is None else noise
         for step in range(iterations):
-            identity, expressions, left = self._step(pictures, identity, expressions, level, expression_noise)
+            identity, expressions, left = self._step(pictures, identity, expressions, level, expression_noise, prior)
             if noise is None and step > 0:  # the first step still has the first camera's error in it
                 level = max(NEIGHBOURS_AGREE * left, LEAST_NOISE)
         return [
@@ -211,6 +215,7 @@ class HeadModel(ABC):
         expressions: np.ndarray,
         noise: float,
         expression_noise: float,
+        identity_prior: tuple[np.ndarray, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """One Gauss-Newton step: moves the pictures' cameras, returns the new coefficients (I,), (K, E) and
         the noise that this solution leaves, in eye distances.
@@ -248,13 +253,16 @@ class HeadModel(ABC):
             right[columns] += jacobian @ target
             energy += target @ target
             rows += len(target)
-        prior = np.zeros(total)
-        prior[:count] = 1 / self.identity_std**2
-        prior[free:] = np.tile((expression_noise / self.expression_std) ** 2, len(pictures))
-        solution = _ridge(normal + np.diag(prior), right, free, self.nonnegative_expression)
+        likely, precision = identity_prior
+        prior, pull = np.zeros((total, total)), np.zeros(total)
+        prior[:count, :count], pull[:count] = precision, precision @ likely
+        prior[range(free, total), range(free, total)] = np.tile(
+            (expression_noise / self.expression_std) ** 2, len(pictures)
+        )
+        solution = _ridge(normal + prior, right + pull, free, self.nonnegative_expression)
         # Squared residual over degrees of freedom; an unknown that its prior holds uses up less than one.
         residual = max(energy - 2 * solution @ right + solution @ normal @ solution, 0.0)
-        held = np.trace(np.linalg.solve(normal + np.diag(prior), np.diag(prior)))
+        held = np.trace(np.linalg.solve(normal + prior, prior))
         left = noise * math.sqrt(residual / (rows - total + held))
         for k, picture in enumerate(pictures):
             picture.move(solution[count + k * camera : count + (k + 1) * camera])

@@ -20,9 +20,12 @@ from tqdm import tqdm
 
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import LinearHeadModel, from_pretrained
+from facesnap.heads.regressor import ShapeRegressor
 from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
-from facesnap.synthetic.people import sample_person, sample_picture
+from facesnap.synthetic.head import landmarks
+from facesnap.synthetic.people import EXPRESSION, sample_person, sample_picture
+from facesnap.synthetic.render import CAMERA
 
 from .data import HAIR, SKIN, People, load_people
 from .vae import to_tensor
@@ -120,23 +123,37 @@ def head_masks(people: People, grid: int) -> np.ndarray:
     return out
 
 
+def neutral_landmarks(seed: int) -> np.ndarray:
+    """The 72 landmarks (72, 3) of a rendered person without expression, in the head's frame."""
+    p = sample_person(seed).parameters.copy()
+    p["eyelids"] = 1.0
+    return landmarks(p[()])
+
+
+def shape_regressor(model: LinearHeadModel, features: Features, people: People) -> ShapeRegressor:
+    """What the pack's embeddings tell of `model`'s identity coefficients; `people` must be unknown to the pack."""
+    basis = model.identity_basis.reshape(model.num_identity, -1)
+    known = {
+        int(seed): np.linalg.lstsq(basis.T, (neutral_landmarks(int(seed)) - model.mean).ravel(), rcond=None)[0]
+        for seed in np.unique(people.person)
+    }
+    rows = np.flatnonzero(features.found)
+    identities = np.stack([known[int(seed)] for seed in people.person[rows]])
+    return ShapeRegressor.fit(features.embeddings[rows], identities, people.person[rows])
+
+
 def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50_000) -> LinearHeadModel:
     """The mini's own linear head: principal components of the 72 landmarks of rendered heads.
 
     Expression offsets are taken over many people, so that the basis is what smiles have in common.
     """
-    from facesnap.synthetic.head import landmarks
-    from facesnap.synthetic.people import EXPRESSION
-    from facesnap.synthetic.render import CAMERA
-
     neutral, offsets, weights = [], [], []
     rng = np.random.default_rng(0)
     for seed in range(first, first + people):
+        rest = neutral_landmarks(seed)
+        neutral.append(rest)
         person = sample_person(seed)
         p = person.parameters.copy()
-        p["eyelids"] = 1.0
-        rest = landmarks(p[()])
-        neutral.append(rest)
         picture = sample_picture(person, int(rng.integers(100)))
         for name in EXPRESSION:
             p[name] = picture.parameters[name]

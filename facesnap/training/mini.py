@@ -8,9 +8,10 @@
 |--------------|-----------------------------------------------------------------|------------------------|
 | people       | nothing: renders the shards                                     |                        |
 | faces        | detector, landmark net, recognisers A, B and C (facenets.py)    | people                 |
+| head         | the head model and its regressor (least squares)                | faces                  |
 | vae          | the VAE (vae.py)                                                | people                 |
 | face_encoder | face encoder and the second text encoder (face_encoder.py)      | people                 |
-| features     | nothing: head model, latents, faces as `faces.py` finds them    | faces, vae, face_encoder |
+| features     | nothing: latents, faces as `faces.py` finds them                | head, vae, face_encoder |
 | joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
 | assemble     | nothing: writes the checkpoint folder                           | facesnap               |
@@ -20,6 +21,7 @@ checkpoint (`--out`), so that training goes on from weights that were shipped: t
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -52,6 +54,7 @@ from .text import make_text_encoders, train_tokenizer
 from .trainer import Trainer, TrainerConfig
 
 SIZE, FACTOR = 256, 16
+FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
 # the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
@@ -147,13 +150,25 @@ def face_encoder(run: Run, minutes: float) -> None:
     print(json.dumps(found))
 
 
+def head(run: Run, minutes: float) -> None:
+    """The head model, and what A's embedding tells of a head's shape, from people whom A has not met."""
+    place, data = run.work / "head", run.work / "shape_people"
+    model = feats.make_head_model(SHAPE_PEOPLE, first=FIRST_SHAPE_PERSON)
+    model.save_pretrained(place)
+    _module(
+        "facesnap.synthetic", out=data, people=SHAPE_PEOPLE, per_person=2, size=SIZE, seed=FIRST_SHAPE_PERSON,
+        workers=run.workers,
+    )  # fmt: skip
+    known = load_people(data)
+    found = feats.analyse_people(data, run.work / "face_pack", place, len(known), workers=run.workers)
+    dataclasses.replace(model, regressor=feats.shape_regressor(model, found, known)).save_pretrained(place)
+
+
 def features(run: Run, minutes: float) -> None:
     """Everything the diffusion stages read, under `work/features`."""
     place = run.work / "features"
     place.mkdir(parents=True, exist_ok=True)
     known = load_people(run.data)
-    if not (run.work / "head").is_dir():
-        feats.make_head_model().save_pretrained(run.work / "head")
     if not (place / "latents.npy").exists():
         model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
         _save(place / "latents.npy", feats.latents_of(model, known, device=run.device))
@@ -322,7 +337,7 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-ORDER = (people, faces, vae, face_encoder, features, joint, facesnap, assemble)
+ORDER = (people, faces, head, vae, face_encoder, features, joint, facesnap, assemble)
 STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack)}
 
 

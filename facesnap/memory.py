@@ -63,16 +63,20 @@ def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | 
     elif chosen == "balanced":
         pipe.enable_model_cpu_offload(device=device)
     else:
-        for name, module in _modules(pipe).items():
-            if name in pipe.every_step:
-                module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=module.dtype)
-                module.to(device)
-            elif device.type != "cpu":
-                # Without CUDA streams: these keep copies of their own, which a VAE that is upcast to decode outruns
-                apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
-        pipe.vae.enable_tiling()
+        _lower(pipe, device, offload=device.type != "cpu")
     pipe.memory = chosen
     return chosen
+
+
+def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
+    for name, module in _modules(pipe).items():
+        if name in pipe.every_step:
+            module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=module.dtype)
+            module.to(device)
+        elif offload:
+            # Without CUDA streams: these keep copies of the weights, which a VAE that is upcast to decode outruns
+            apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
+    pipe.vae.enable_tiling()
 
 
 def check_mode(mode: str, device: torch.device) -> Mode:

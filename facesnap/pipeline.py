@@ -23,7 +23,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class PreviewResult:
 
     landmarks (72, 2) float32, pixels of the output frame; drawing (h, w, 3) uint8, what FFRNet sees of them;
     reference_faces: the face used in each reference; driver_face: that of the pose photo, if there was one;
-    notes: sentences for the user.
+    notes: sentences for the user; head: the reconstruction behind the landmarks, None where they were given.
     """
 
     landmarks: np.ndarray
@@ -98,6 +98,7 @@ class PreviewResult:
     reference_faces: tuple[Face, ...]
     driver_face: Face | None
     notes: tuple[str, ...]
+    head: Head | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,6 +378,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         variant = variant or self.settings.variant
         faces, notes = self._references(reference)
         driver_face: Face | None = None
+        head: Head | None = None
 
         if _are_landmarks(pose):
             points = np.asarray(pose, dtype=np.float32)
@@ -395,9 +397,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 notes += _face_notes(driver_face, "The pose photo")
                 driver = self.predictor.reconstruct(driver_face)[0]
             shape = driver if variant == "driver" else heads[0]
+            head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
 
-        return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes))
+        return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes), head)
 
     def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:
         """The face of every reference, and what the user should know about them."""

@@ -474,7 +474,10 @@ def _cannot_fetch(missing: list[tuple[Source, list[File]]], name: str, error: Ex
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1)):
+        if count >= unit:
+            return f"{count / unit:.{digits}f} {name}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _sha256(path: Path) -> str:
@@ -637,7 +640,9 @@ def show(wanted: Plan) -> str:
     lines = [f"{wanted.name}: kind {wanted.kind}" + (f", base model {wanted.base}" if wanted.base else "")]
     for part, place in wanted.places.items():
         size = sum(file.stat().st_size for file in (place, *place.rglob("*")) if file.is_file())
-        lines.append(f"\n{part.replace('_', ' ')}: local, {_size(size)}, nothing to fetch")
+        about = _read_settings(place, place).about if part == "weights" else {}
+        licence = about.get("license", "that of its source")
+        lines.append(f"\n{part.replace('_', ' ')}: here, {_size(size)}, nothing to fetch\n  licence: {licence}")
     total, needed = 0, 0
     for source in wanted.sources.values():
         pinned = source.revision if source.revision != "main" else "main, NOT PINNED"

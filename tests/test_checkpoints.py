@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DPMSolverSinglestepScheduler, StableDiffusionPipeline
-from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack
+from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import photo, tiny_unet
@@ -279,6 +279,17 @@ def test_lora_of_the_base(full_hub, made, tmp_path):
     assert loaded.get_active_adapters() == ["default_0"]
     with pytest.raises(InputError, match="is no LoRA: one safetensors file is needed, 0"):
         checkpoints.load(made / "slim", base=made / "base", lora=made / "base", device="cpu", head=HEAD)
+
+
+def test_base_in_one_file(full_hub, made, tmp_path):
+    """With the small files of SDXL's own repository, and the same weights as from folders, half precision apart."""
+    put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    file = write_single_file(tmp_path / "base.safetensors", tiny_sdxl())
+    pipe = checkpoints.load(made / "slim", base=file, device="cpu", head=HEAD)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        expected = getattr(tiny_sdxl(), name).state_dict()
+        for key, tensor in getattr(pipe, name).state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], msg=f"{name}.{key}")
 
 
 # ---------------------------------------------------------------------- bases that cannot be used

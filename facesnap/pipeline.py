@@ -23,7 +23,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from . import landmarks as landmarks72
-from . import templates
+from . import memory, templates
 from .faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
 from .ffrnet import FFRNet, Variant, attach
 from .heads import Head, HeadModel
@@ -69,12 +69,14 @@ Source = Picture | Face  # a photo, or what was read from it before
 class Settings:
     """What a checkpoint wants when the caller does not say: facesnap.json.
 
+    kind: of its pipeline, `FaceSnapPipeline.kind` or a subclass's; `facesnap.checkpoints.load` reads any.
     size: side of its portraits in pixels. steps, guidance: of its sampler. variant: the row of Table 3 it was
     trained as. same_person: cosine of two embeddings below which they are taken for different people.
     about: whatever its maker notes (data version, licence), kept and not read.
     """
 
     name: str = "FaceSnap"
+    kind: str = "facesnap"
     size: int = 1024
     steps: int = 8
     guidance: float = 2.0
@@ -89,7 +91,7 @@ class PreviewResult:
 
     landmarks (72, 2) float32, pixels of the output frame; drawing (h, w, 3) uint8, what FFRNet sees of them;
     reference_faces: the face used in each reference; driver_face: that of the pose photo, if there was one;
-    notes: sentences for the user.
+    notes: sentences for the user; head: the reconstruction behind the landmarks, None where they were given.
     """
 
     landmarks: np.ndarray
@@ -97,6 +99,7 @@ class PreviewResult:
     reference_faces: tuple[Face, ...]
     driver_face: Face | None
     notes: tuple[str, ...]
+    head: Head | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,13 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
     """
 
     _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS]
+    # What a subclass puts in place: its kind in facesnap.json, the classes of its weights, and how they join in
+    kind = "facesnap"
+    weight_classes: dict[str, Any] = {"mixer": FacialAttributeMixer, "ffrnet": FFRNet, "face_encoder": CLIPVisionModel}
+    every_step: tuple[str, ...] = ("unet", "ffrnet")  # what runs at every step; the rest, once a picture
+    _attach = staticmethod(attach)
+    _draw = staticmethod(landmarks72.draw)
+
     # FFRNet is in no chain: like a ControlNet it runs at every step beside the UNet
     model_cpu_offload_seq = "face_encoder->mixer->text_encoder->text_encoder_2->image_encoder->unet->vae"
 
@@ -205,9 +215,9 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             InputError: the folder is missing, incomplete or damaged; the message names the part.
         """
         folder = _local_folder(model)
-        settings = _read_settings(model, folder)
+        settings = _read_settings(model, folder, cls.kind)
         ours = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
-        ours |= _load_our_parts(model, folder, settings, torch_dtype, providers, skip=ours)
+        ours |= _load_our_parts(model, folder, settings, torch_dtype, providers, cls.weight_classes, skip=ours)
         for name in BASE_PARTS:
             if name not in kwargs and not (folder / name).is_dir():
                 raise _incomplete(model, name)
@@ -240,8 +250,9 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         given = {name: components.pop(name) for name in OUR_PARTS if name in components}
         if model is not None:
             folder = _local_folder(model)
-            settings = _read_settings(model, folder)
-            loaded = _load_our_parts(model, folder, settings, pipeline.unet.dtype, providers, skip=given)
+            settings = _read_settings(model, folder, cls.kind)
+            dtype = pipeline.unet.dtype
+            loaded = _load_our_parts(model, folder, settings, dtype, providers, cls.weight_classes, skip=given)
             for module in loaded.values():
                 if isinstance(module, nn.Module):
                     module.to(pipeline.unet.device)
@@ -305,6 +316,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
         (folder / SETTINGS_NAME).write_text(settings + "\n", encoding="utf-8")
 
+    def set_memory(self, mode: str | None = None, device: str | torch.device | None = None) -> str:
+        """Bring the pipeline to a device in memory mode "full", "balanced" or "low"; see `facesnap.memory`."""
+        return memory.set_memory(self, mode, device)
+
     # ------------------------------------------------------------------ from photos to conditions
 
     @property
@@ -364,6 +379,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         variant = variant or self.settings.variant
         faces, notes = self._references(reference)
         driver_face: Face | None = None
+        head: Head | None = None
 
         if _are_landmarks(pose):
             points = np.asarray(pose, dtype=np.float32)
@@ -382,9 +398,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 notes += _face_notes(driver_face, "The pose photo")
                 driver = self.predictor.reconstruct(driver_face)[0]
             shape = driver if variant == "driver" else heads[0]
+            head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
 
-        return PreviewResult(points, landmarks72.draw(points, size), faces, driver_face, tuple(notes))
+        return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes), head)
 
     def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:
         """The face of every reference, and what the user should know about them."""
@@ -490,7 +507,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         request = copy.copy(self)
         request.scheduler = copy.deepcopy(self.scheduler)
         kwargs.pop("return_dict", None)
-        hook = attach(
+        hook = self._attach(
             request.unet,
             self.ffrnet,
             tokens=mixed.tokens,
@@ -664,7 +681,8 @@ def _reading(model: str | Path, part: str) -> Iterator[None]:
         ) from error
 
 
-def _read_settings(model: str | Path, folder: Path) -> Settings:
+def _read_settings(model: str | Path, folder: Path, kind: str | None = None) -> Settings:
+    """facesnap.json of a checkpoint, which must be of that kind where one is given."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
         if (folder / "model_index.json").is_file():
@@ -674,7 +692,13 @@ def _read_settings(model: str | Path, folder: Path) -> Settings:
             )
         raise _incomplete(model, SETTINGS_NAME)
     with _reading(model, SETTINGS_NAME):
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+        settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
+    if kind not in (None, settings.kind):
+        raise InputError(
+            f"The checkpoint '{model}' is of kind '{settings.kind}', not '{kind}'; "
+            "facesnap.checkpoints.load opens every kind."
+        )
+    return settings
 
 
 def _load_our_parts(
@@ -683,6 +707,7 @@ def _load_our_parts(
     settings: Settings,
     dtype: torch.dtype | None,
     providers: tuple[str, ...],
+    classes: dict[str, Any],
     skip: dict[str, Any],
 ) -> dict[str, Any]:
     def weights(kind: Any) -> Callable[[Path], Any]:
@@ -696,9 +721,7 @@ def _load_our_parts(
         return load
 
     loaders: dict[str, Callable[[Path], Any]] = {
-        "mixer": weights(FacialAttributeMixer),
-        "ffrnet": weights(FFRNet),
-        "face_encoder": weights(CLIPVisionModel),
+        **{name: weights(kind) for name, kind in classes.items()},
         "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
         "head_model": read_head,
         "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),
@@ -714,4 +737,4 @@ def _load_our_parts(
             raise _incomplete(model, place.name)
         with _reading(model, place.name):
             parts[name] = load(place)
-    return parts
+    return {name: None for name in WEIGHTS} | parts

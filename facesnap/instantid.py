@@ -1,0 +1,332 @@
+"""InstantID's public weights inside our pipeline: its networks, our Landmark Predictor.
+
+InstantID (arXiv 2401.07519) turns a face embedding into 16 tokens by a resampler. They enter twice: in every
+cross-attention of the UNet, as keys and values of their own beside the text's (decoupled attention), and in a
+ControlNet, where they stand in the place of the text. The ControlNet's picture is a drawing of five points.
+
+It is trained with the pooled text in its ControlNet and with the tokens of nobody (the resampler of a zero
+embedding) in the unconditional half of guidance. So its ControlNet must run on both halves: this is what FFRNet
+saves. And its five points are those of the pose photo, distances and all, which pulls the portrait towards the
+driver's face; ours come from the Landmark Predictor, and so keep the reference's shape. Variant "driver" is the
+plain form, with the pose photo's own points, for comparison.
+
+The components keep their names: `mixer` is the `FaceAdapter` (faces to tokens), `ffrnet` the ControlNet. The
+attention is diffusers' own `IPAdapterAttnProcessor2_0`, put into the UNet while a portrait is made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from . import landmarks as landmarks72
+from .faces import Face, five_points
+from .ffrnet import Variant, _rows, _scaled
+from .heads import Head
+from .images import InputError
+from .mixer import MixerOutput
+from .pipeline import FaceSnapPipeline, PreviewResult, Source
+from .predictor import letterbox
+
+HEAD_WIDTH = 64  # of the resampler's attention; nothing in the file says it
+IDENTITY_SCALE = CONTROL_SCALE = 0.8  # InstantID's own defaults; what the caller gives multiplies them
+
+LIMBS = (0, 1, 3, 4)  # each is joined to the nose, point 2: eyes and mouth corners
+COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
+
+
+class FaceAdapter(ModelMixin, ConfigMixin):
+    """InstantID's ip-adapter.bin: the resampler, and keys and values of the UNet's decoupled attention.
+
+    Args:
+        id_dim: length of the recogniser's embedding.
+        width: the resampler's own width. depth: its layers. heads: its attention heads, of 64 channels each.
+        num_tokens: face tokens.
+        token_dim: the UNet's cross-attention width.
+        hidden_sizes: width of every cross-attention of the UNet, in the order of `unet.attn_processors`.
+    """
+
+    # the resampler's norms are not all called so, and its queries are no layer
+    _skip_layerwise_casting_patterns = ["norm", "ln0", "ln1", r"ff\.0"]
+
+    @register_to_config
+    def __init__(
+        self,
+        id_dim: int = 512,
+        width: int = 1280,
+        depth: int = 4,
+        heads: int = 20,
+        num_tokens: int = 16,
+        token_dim: int = 2048,
+        hidden_sizes: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.resampler = IPAdapterPlusImageProjection(
+            embed_dims=id_dim,
+            output_dims=token_dim,
+            hidden_dims=width,
+            depth=depth,
+            dim_head=HEAD_WIDTH,
+            heads=heads,
+            num_queries=num_tokens,
+        )
+        self.processors = nn.ModuleList(
+            IPAdapterAttnProcessor2_0(hidden, token_dim, num_tokens=(num_tokens,), scale=IDENTITY_SCALE)
+            for hidden in hidden_sizes
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Raw embeddings (B, id_dim) → tokens (B, num_tokens, token_dim); zeros are nobody."""
+        return self.resampler(embeddings[:, None])
+
+    @classmethod
+    def from_instantid(cls, file: str | Path, unet: UNet2DConditionModel) -> FaceAdapter:
+        """Read InstantID's own file, a pickle of {"image_proj": …, "ip_adapter": …}, as plain tensors only.
+
+        Raises:
+            InputError: the file is damaged, is no such file, or was made for a UNet of another shape.
+        """
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            resampler, layers = state["image_proj"], state["ip_adapter"]
+            adapter = cls(**_shapes_of(resampler), hidden_sizes=_cross_attention_widths(unet))
+            adapter.resampler.load_state_dict(dict(_resampler_keys(resampler)))
+        except Exception as error:  # whatever a damaged or foreign pickle raises
+            raise InputError(
+                f"The file '{Path(file).name}' cannot be read as InstantID's ip-adapter.bin "
+                f"({type(error).__name__}); fetch it again."
+            ) from error
+        places = _cross_attentions(unet)
+        wanted = {f"{place}.to_{kind}_ip.weight" for place in places for kind in "kv"}
+        fits = wanted == set(layers) and all(
+            layers[f"{place}.to_k_ip.weight"].shape == processor.to_k_ip[0].weight.shape
+            for place, processor in zip(places, adapter.processors, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"The file '{Path(file).name}' was made for another UNet: it has {len(layers) // 2} attention "
+                f"layers, the base model {len(places)}, or of other sizes; use an SDXL base."
+            )
+        for place, processor in zip(places, adapter.processors, strict=True):
+            for kind in "kv":
+                getattr(processor, f"to_{kind}_ip")[0].weight = nn.Parameter(layers[f"{place}.to_{kind}_ip.weight"])
+        return adapter.eval()
+
+
+def _shapes_of(resampler: dict[str, Tensor]) -> dict[str, int]:
+    """FaceAdapter's arguments, by the shapes of InstantID's resampler."""
+    return {
+        "id_dim": resampler["proj_in.weight"].shape[1],
+        "width": resampler["latents"].shape[2],
+        "depth": 1 + max(int(key.split(".")[1]) for key in resampler if key.startswith("layers.")),
+        "heads": resampler["layers.0.0.to_q.weight"].shape[0] // HEAD_WIDTH,
+        "num_tokens": resampler["latents"].shape[1],
+        "token_dim": resampler["proj_out.weight"].shape[0],
+    }
+
+
+def _resampler_keys(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """InstantID's names → those of diffusers' IPAdapterPlusImageProjection; keys and values come apart."""
+    names = {
+        "0.norm1": "ln0",
+        "0.norm2": "ln1",
+        "0.to_q": "attn.to_q",
+        "0.to_out": "attn.to_out.0",
+        "1.0": "ff.0",
+        "1.1": "ff.1.net.0.proj",
+        "1.3": "ff.1.net.2",
+    }
+    for key, value in state.items():
+        layer = re.fullmatch(r"(layers\.\d+)\.(\d\.\w+)\.(weight|bias)", key)
+        if layer is None:
+            yield key, value
+        elif layer[2] == "0.to_kv":
+            to_k, to_v = value.chunk(2)
+            yield f"{layer[1]}.attn.to_k.weight", to_k
+            yield f"{layer[1]}.attn.to_v.weight", to_v
+        else:
+            yield f"{layer[1]}.{names[layer[2]]}.{layer[3]}", value
+
+
+def _cross_attentions(unet: UNet2DConditionModel) -> dict[int, str]:
+    """Place in `unet.attn_processors` → name, of those that read the text; InstantID's file counts like this."""
+    return {k: name for k, name in enumerate(unet.attn_processors) if name.endswith("attn2.processor")}
+
+
+def _cross_attention_widths(unet: UNet2DConditionModel) -> tuple[int, ...]:
+    names = _cross_attentions(unet).values()
+    return tuple(unet.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in names)
+
+
+@contextmanager
+def attach(
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel | None,
+    adapter: FaceAdapter,
+    *,
+    tokens: Tensor,
+    control: Tensor | None = None,
+    scale: float = 1.0,
+    identity_scale: float = 1.0,
+    landmark_scale: float = 1.0,
+    variant: Variant = "predicted",
+    guidance: bool | Callable[[], bool] = False,
+) -> Iterator[None]:
+    """While the block lasts, `unet` works as InstantID does; what `facesnap.ffrnet.attach` is to FFRNet.
+
+    Any stock SDXL pipeline can be called inside; after it nothing is changed.
+
+    Args:
+        unet: the pipeline's current `unet`, without another IP-Adapter.
+        controlnet: InstantID's; may be None for variant "none".
+        tokens: (2, m, d): those of nobody, for the unconditional half, and those of the person.
+        control: (1, 3, H, W) in [0, 1], the drawing of the five points.
+        scale: of the ControlNet's residuals, times InstantID's own 0.8.
+        identity_scale: of the decoupled attention, times InstantID's own 0.8.
+        landmark_scale: of the drawing's embedding.
+        variant: "black" replaces the drawing by a black picture, "none" does without the ControlNet.
+        guidance: whether the UNet's batch is [unconditional ; conditional], or a function asked at every call.
+
+    Raises:
+        InputError: another IP-Adapter is loaded into the UNet.
+    """
+    if unet.encoder_hid_proj is not None:
+        raise InputError("Another IP-Adapter is loaded, and InstantID needs its place; unload_ip_adapter() first.")
+    if variant != "none" and (controlnet is None or control is None):
+        raise ValueError(f'variant "{variant}" needs a ControlNet and a control picture')
+    if variant == "black" and control is not None:
+        control = torch.zeros_like(control)
+
+    def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        sample = call["sample"]
+        halves = 2 if (guidance() if callable(guidance) else guidance) else 1
+        seen = _rows(tokens[-halves:], len(sample)).to(sample)
+        if variant != "none":
+            assert controlnet is not None and control is not None
+            dtype = controlnet.dtype
+            added = call["added_cond_kwargs"]
+            down, mid = controlnet(
+                sample[:, : controlnet.config.in_channels].to(dtype),
+                call["timestep"],
+                encoder_hidden_states=seen.to(dtype),
+                controlnet_cond=_rows(control, len(sample)).to(sample.device, dtype),
+                conditioning_scale=CONTROL_SCALE * scale,
+                added_cond_kwargs={
+                    "text_embeds": added["text_embeds"].to(dtype),
+                    "time_ids": added["time_ids"],
+                },
+                return_dict=False,
+            )
+            call["down_block_additional_residuals"] = [residual.to(sample.dtype) for residual in down]
+            call["mid_block_additional_residual"] = mid.to(sample.dtype)
+        # the form in which the UNet hands text and image tokens to IP-Adapter's processors, one adapter's
+        call["encoder_hidden_states"] = (call["encoder_hidden_states"], [seen[:, None]])
+        return (), call
+
+    with ExitStack() as hooks:
+        own = unet.attn_processors
+        hooks.callback(unet.set_attn_processor, dict(own))
+        for processor in adapter.processors:
+            processor.scale = [IDENTITY_SCALE * identity_scale]
+        unet.set_attn_processor(own | dict(zip(_cross_attentions(unet).values(), adapter.processors, strict=True)))
+        if controlnet is not None and landmark_scale != 1:
+            hook = controlnet.controlnet_cond_embedding.register_forward_hook(_scaled(landmark_scale))
+            hooks.callback(hook.remove)
+        hooks.callback(unet.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+        yield
+
+
+def draw_five(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Five points (5, 2) in pixels → InstantID's drawing, RGB uint8 (height, width, 3).
+
+    Eyes, nose tip, mouth corners, in the order of detectors. The numbers are InstantID's own, in pixels whatever
+    the picture's size: it was trained around 1024.
+    """
+    canvas = np.zeros((*size, 3), np.uint8)
+    nose = points[2]
+    for k in LIMBS:
+        (x, y), (dx, dy) = (points[k] + nose) / 2, points[k] - nose
+        axes = (int(math.hypot(dx, dy) / 2), 4)
+        limb = cv2.ellipse2Poly((int(x), int(y)), axes, int(math.degrees(math.atan2(dy, dx))), 0, 360, 1)
+        cv2.fillConvexPoly(canvas, limb, COLOURS[k])
+    canvas = (canvas * 0.6).astype(np.uint8)
+    for (x, y), colour in zip(points, COLOURS, strict=True):
+        cv2.circle(canvas, (int(x), int(y)), 10, colour, -1)
+    return canvas
+
+
+class InstantIDPipeline(FaceSnapPipeline):
+    """A FaceSnapPipeline whose mixer is InstantID's FaceAdapter and whose FFRNet is InstantID's ControlNet.
+
+    Variants: "predicted" draws the points of the Landmark Predictor, "driver" those found in the pose photo
+    (InstantID as published); "black" and "none" are as in `attach`.
+    """
+
+    kind = "instantid"
+    weight_classes = {"mixer": FaceAdapter, "ffrnet": ControlNetModel}
+    every_step = ("unet", "ffrnet", "mixer")  # the adapter's attention sits in the UNet
+
+    @staticmethod
+    def _draw(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # type: ignore[override]
+        return draw_five(five_points(landmarks72.to_68(points)), size)
+
+    def _attach(  # type: ignore[override]
+        self, unet: Any, controlnet: Any, *, pooled: None, every: int = 1, end: float = 1.0, **conditions: Any
+    ):
+        if every != 1 or end != 1:
+            raise InputError("InstantID's ControlNet runs at every step; skipping steps is FFRNet's.")
+        conditions.pop("num_steps", None)
+        return attach(unet, controlnet, self.mixer, **conditions)
+
+    @torch.no_grad()
+    def mix(self, faces: Sequence[Face]) -> MixerOutput:
+        """Faces of one person → tokens (2, R·m, d): of nobody, and of all the faces as one set.
+
+        InstantID was trained on single photos. The tokens of several stand side by side as keys and values,
+        none averaged with another; nobody's are repeated, which changes nothing.
+        """
+        embeddings = torch.from_numpy(np.stack([face.embedding for face in faces]))
+        pairs = torch.stack([torch.zeros_like(embeddings), embeddings]).flatten(0, 1)
+        tokens = self.mixer(pairs.to(self._execution_device, self.mixer.dtype))
+        return MixerOutput(tokens=tokens.unflatten(0, (2, -1)).flatten(1, 2), pooled=None)
+
+    def preview(
+        self,
+        reference: Source | Sequence[Source],
+        pose: Source | Head | None = None,
+        size: tuple[int, int] | None = None,
+        *,
+        variant: Variant | None = None,
+        **how: Any,
+    ) -> PreviewResult:
+        """As `FaceSnapPipeline.preview`; variant "driver" follows the points found in the pose photo exactly."""
+        variant = variant or self.settings.variant
+        result = super().preview(reference, pose, size, variant=variant, **how)
+        driver = result.driver_face or (result.reference_faces[0] if pose is None else None)
+        if variant != "driver" or driver is None:
+            return result
+        parameters = inspect.signature(super().preview).parameters
+        changed = [name for name, value in how.items() if value != parameters[name].default]
+        if changed:
+            raise InputError(f"The pose photo's own points are drawn as they are; leave out {', '.join(changed)}.")
+        height, width = result.drawing.shape[:2]
+        points = landmarks72.from_68(driver.landmarks[:, :2])
+        points = letterbox(points, driver.size, (height, width))
+        return replace(result, landmarks=points, drawing=self._draw(points, (height, width)))

@@ -1,0 +1,123 @@
+"""Memory modes: where a pipeline's weights lie while it works, from everything on the GPU to 8 GB cards.
+
+    full       all on the device.
+    balanced   on the GPU while they work: whole components come and go. Exact; costs transfers at every picture.
+    low        UNet and FFRNet, which run at every step, are stored in 8-bit floats and cast layer by layer; the
+               rest lies in the machine's memory and comes layer by layer; the VAE decodes in tiles. Slower, and
+               not exact: the weights are rounded, the tiles blended.
+
+On a CPU there is one memory, so there is nothing to move: "balanced" is refused there, and "low" means the 8-bit
+floats and the tiles only. "low" cannot be left again, since the rounded weights stay rounded: load anew.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any, Literal, get_args
+
+import psutil
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+
+from .images import InputError
+
+Mode = Literal["full", "balanced", "low"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+# What a portrait of 1024² needs beside the weights: the activations of a guided step, or of the VAE. It is what the
+# full mode's 15 GB leave over the 10.7 GB of SDXL's, FFRNet's and ViT-H's weights, and it grows with the picture.
+WORKING_SPACE = 4.3e9
+
+
+def default_device() -> torch.device:
+    """CUDA where there is any, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | None = None) -> Mode:
+    """Bring a pipeline to a device in a memory mode; returns the mode.
+
+    Args:
+        pipe: a FaceSnapPipeline. LoRAs must be loaded before "low": those loaded later are not cast.
+        mode: one of `MODES`; by default the first that fits the free memory.
+        device: by default CUDA, Apple's GPU or the CPU, whichever there is.
+
+    Raises:
+        InputError: there is no such mode, or it cannot be had on this device or after "low".
+    """
+    device = torch.device(device or default_device())
+    current = getattr(pipe, "memory", None)
+    chosen = check_mode(mode, device) if mode else current if current == "low" else choose(pipe, device)
+    if current == "low":
+        if chosen == "low":
+            return "low"
+        raise InputError(f"Memory mode 'low' has rounded the weights to 8 bits; load the model again for '{chosen}'.")
+
+    pipe.remove_all_hooks()
+    if chosen == "full":
+        pipe.to(device)
+    elif chosen == "balanced":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        _lower(pipe, device, offload=device.type != "cpu")
+    pipe.memory = chosen
+    return chosen
+
+
+def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
+    for name, module in _modules(pipe).items():
+        if name in pipe.every_step:
+            module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=module.dtype)
+            module.to(device)
+        elif offload:
+            # Without CUDA streams: these keep copies of the weights, which a VAE that is upcast to decode outruns
+            apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
+    pipe.vae.enable_tiling()
+
+
+def check_mode(mode: str, device: torch.device) -> Mode:
+    if mode not in MODES:
+        nearest = difflib.get_close_matches(mode, MODES, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(MODES)}."
+        raise InputError(f"There is no memory mode '{mode}'; {hint}")
+    if mode == "balanced" and device.type == "cpu":
+        raise InputError(
+            "Memory mode 'balanced' moves components between a GPU and the machine's memory, and there is no GPU "
+            "here; use 'full' or, for 8-bit weights, 'low'."
+        )
+    return mode  # type: ignore[return-value]
+
+
+def choose(pipe: Any, device: torch.device) -> Mode:
+    """The first mode that fits the device's free memory, by the size of the weights and of the portraits."""
+    if os.environ.get("SPACES_ZERO_GPU"):
+        return "full"  # ZeroGPU packs what lies on "cuda" at start-up, before there is a card to ask
+    weights = {name: _bytes(module) for name, module in _modules(pipe).items()}
+    work = WORKING_SPACE * (pipe.settings.size / 1024) ** 2
+    free = free_memory(device)
+    if device.type == "cpu":  # the weights are in its memory already
+        return "full" if work <= free else "low"
+    if sum(weights.values()) + work <= free:
+        return "full"
+    resident = sum(weights[name] for name in pipe.every_step if name in weights)
+    return "balanced" if resident + work <= free else "low"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes. What PyTorch's own cache holds counts as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available  # an Apple GPU shares the machine's
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))

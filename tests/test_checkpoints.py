@@ -1,0 +1,423 @@
+"""Names, folders and Hub ids to pipelines, over Hub caches made by hand; nothing here reaches a network."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, DPMSolverSinglestepScheduler, StableDiffusionPipeline
+from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny import photo, tiny_unet
+from tiny_instantid import write_instantid
+
+from facesnap import checkpoints, checks
+from facesnap.images import InputError
+from facesnap.instantid import InstantIDPipeline
+from facesnap.pipeline import FaceSnapPipeline
+
+HEAD = MINI / "head"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folders that the tests copy from: a tiny base, InstantID's files, FaceSnap weights, a CLIP."""
+    root = tmp_path_factory.mktemp("made")
+    pipe = tiny_sdxl()
+    write_base(root / "base", pipe)
+    write_instantid(root / "instantid", pipe.unet)
+    write_clip(root / "clip", pipe.face_encoder)
+    for name in ("mixer", "ffrnet"):
+        getattr(pipe, name).save_pretrained(root / "slim" / name)
+    settings = {"name": "slim", "size": 64, "steps": 2, "guidance": 2.0}
+    (root / "slim" / "facesnap.json").write_text(json.dumps(settings))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """An empty Hub cache and an empty home, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("MODEL", "BASE", "LORA", "MEMORY", "FACE_PACK", "HEAD"):
+        monkeypatch.delenv(f"FACESNAP_{name}", raising=False)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def pack(monkeypatch):
+    """antelopev2 where InsightFace unpacks it; its files are the mini's, so their sizes are those."""
+    folder = write_pack(Path.home() / ".insightface" / "models" / "antelopev2")
+    files = tuple(
+        replace(file, size=(folder / "antelopev2" / file.path).stat().st_size) for file in checkpoints.FACE_PACK.files
+    )
+    monkeypatch.setattr(checkpoints, "FACE_PACK", replace(checkpoints.FACE_PACK, files=files))
+    return folder
+
+
+@pytest.fixture
+def full_hub(hub, made, pack):
+    """All that instantid needs but its head, which the tests give."""
+    for source, folder in (
+        (checkpoints.DREAMSHAPER, "base"),
+        (checkpoints.INSTANTID, "instantid"),
+        (checkpoints.CLIP, "clip"),
+    ):
+        put(hub, source.repo, source.revision, made / folder)
+    return hub
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_nothing_named_is_the_mini(capsys):
+    pipe = checkpoints.load(device="cpu")
+    assert type(pipe) is FaceSnapPipeline and pipe.settings.name == "FaceSnap mini"
+    assert pipe.memory == "full" and pipe.unet.dtype == torch.float32
+    assert checkpoints.plan("mini").missing() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("instntid", "There is no model 'instntid'; did you mean 'instantid'?"),
+        ("minni", "did you mean 'mini'?"),
+        ("/no/such/folder", "there are mini, instantid, folders and Hub ids"),
+        ("somebody/something", "The Hub gave no repository 'somebody/something' .*nothing of it is on this machine"),
+    ],
+)
+def test_unknown_names(name, sentence):
+    with pytest.raises(InputError, match=sentence):
+        checkpoints.load(name, device="cpu")
+
+
+def test_environment_names_model_and_memory(monkeypatch):
+    monkeypatch.setenv("FACESNAP_MODEL", "minni")
+    with pytest.raises(InputError, match="no model 'minni'"):
+        checkpoints.load(device="cpu")
+    monkeypatch.setenv("FACESNAP_MEMORY", "balanced")
+    with pytest.raises(InputError, match="there is no GPU here"):
+        checkpoints.load("mini", device="cpu")
+
+
+# ---------------------------------------------------------------------- show
+
+
+def test_show_lists_every_file_with_size_licence_and_pin(hub, made):
+    shown = checkpoints.show(checkpoints.plan("instantid"))
+    for line in (
+        "base model: Lykon/dreamshaper-xl-v2-turbo @ main, NOT PINNED",
+        "InstantID: InstantX/InstantID @ 57b32dfee076092ad2930c71fd6d439c2c3b1820",
+        "fetch      5.14 GB  unet/diffusion_pytorch_model.fp16.safetensors",
+        "fetch      1.69 GB  ip-adapter.bin",
+        "fetch     260.7 MB  glintr100.onnx",
+        "licence: non-commercial research only  ** NO COMMERCIAL USE **",
+        "head model: google/gnm-v3 @",
+    ):
+        assert line in shown
+    assert "face encoder" not in shown  # InstantID has none
+    put(hub, "InstantX/InstantID", checkpoints.INSTANTID.revision, made / "instantid")
+    shown = checkpoints.show(checkpoints.plan("instantid"))
+    assert "cached     1.69 GB  ip-adapter.bin" in shown
+    assert "fetch      5.14 GB" in shown
+
+
+def test_show_from_the_command_line(capsys):
+    checkpoints.main(["show", "mini"])
+    assert "nothing to fetch" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did you mean 'instantid'"):
+        checkpoints.main(["show", "instantdi"])
+
+
+# ---------------------------------------------------------------------- fetching
+
+
+def test_offline_one_error_names_the_files_and_where_they_belong(hub):
+    with pytest.raises(InputError) as caught:
+        checkpoints.load("instantid", device="cpu", yes=True)
+    said = str(caught.value)
+    for words in (
+        "HF_HUB_OFFLINE is set",
+        "InstantID, 3 files of InstantX/InstantID, 4.19 GB",
+        f"hf download InstantX/InstantID --revision {checkpoints.INSTANTID.revision} ControlNetModel/config.json",
+        "ip-adapter.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "models--InstantX--InstantID",
+        str(hub),
+        "antelopev2.zip",
+        "head_sparse_68.txt",
+    ):
+        assert words in said
+
+
+def test_network_errors_are_the_same_error(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(InputError, match=r"(?s)could not be fetched \(OSError\).*Lykon"):
+        checkpoints.fetch(checkpoints.plan("instantid"), yes=True)
+
+
+def test_large_files_are_not_fetched_unasked(monkeypatch):
+    with pytest.raises(InputError, match=r"needs 11\.\d+ GB from .*fetch instantid --yes"):
+        checkpoints.load("instantid", device="cpu")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    with pytest.raises(InputError, match="Nothing was fetched"):
+        checkpoints.load("instantid", device="cpu")
+
+
+def test_no_room_on_the_disk(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(10**10, 10**9, 10**9))
+    with pytest.raises(InputError, match=r"no room: 11\.\d+ GB are to be fetched and 1.00 GB are free"):
+        checkpoints.load("instantid", device="cpu", yes=True)
+
+
+def test_small_files_are_fetched_unasked_and_checked(hub, made, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision, tuple(allow_patterns)))
+        put(hub, repo, revision, made / "clip")
+
+    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", download)
+    small = replace(checkpoints.CLIP, files=tuple(replace(file, size=1000) for file in checkpoints.CLIP.files))
+    wanted = checkpoints.Plan("x", "facesnap", {}, {"face_encoder": small})
+    checkpoints.fetch(wanted)
+    assert asked == [(small.repo, small.revision, ("config.json", "model.safetensors"))]
+    assert wanted.place("face_encoder").name == small.revision
+    lost = replace(small, files=(*small.files, checkpoints.File("tokens.json", 1)))
+    with pytest.raises(InputError, match="it did not arrive"):
+        checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_encoder": lost}))
+
+
+# ---------------------------------------------------------------------- instantid
+
+
+def test_instantid_from_the_hub_cache_makes_a_portrait(full_hub):
+    pipe = checkpoints.load("instantid", device="cpu", head=HEAD)
+    assert type(pipe) is InstantIDPipeline and pipe.settings.kind == "instantid"
+    assert isinstance(pipe.scheduler, DPMSolverSinglestepScheduler) and pipe.scheduler.config.use_karras_sigmas
+    assert (pipe.settings.steps, pipe.settings.guidance) == (8, 2.0)  # as the turbo base wants it
+    dtypes = {p.dtype for part in (pipe.unet, pipe.text_encoder, pipe.mixer, pipe.ffrnet) for p in part.parameters()}
+    assert dtypes == {torch.float32}  # half-precision files on a CPU
+    pipe.set_progress_bar_config(disable=True)
+    from tiny import TinyAnalyser
+
+    pipe.face_analyser = TinyAnalyser(pipe.head_model)
+    out = pipe("a photo", reference=photo(1), pose=photo(2), height=64, width=64, num_inference_steps=2, seed=1)
+    assert np.asarray(out.images[0]).std() > 0 and out.model == "InstantID"
+
+
+def test_instantid_on_another_base(full_hub, made, pack):
+    pipe = checkpoints.load("instantid", base=made / "base", device="cpu", head=HEAD, face_pack=pack)
+    assert (pipe.settings.steps, pipe.settings.guidance) == (30, 5.0)  # InstantID's own, the base being unknown
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_controlnet_of_another_architecture(full_hub, made, tmp_path):
+    folder = copied(made / "instantid", tmp_path / "other")
+    shutil.rmtree(folder / "ControlNetModel")
+    unet = tiny_unet(4)
+    unet.register_to_config(cross_attention_dim=24)
+    ControlNetModel.from_unet(unet, load_weights_from_unet=False).save_pretrained(folder / "ControlNetModel")
+    shutil.rmtree(full_hub / "models--InstantX--InstantID")
+    put(full_hub, "InstantX/InstantID", checkpoints.INSTANTID.revision, folder)
+    with pytest.raises(InputError, match="ControlNet's cross_attention_dim is 24, the UNet's 32"):
+        checkpoints.load("instantid", device="cpu", head=HEAD)
+
+
+# ---------------------------------------------------------------------- FaceSnap weights
+
+
+def test_slim_folder_takes_the_rest_from_elsewhere(full_hub, made, pack):
+    pipe = checkpoints.load(made / "slim", base=made / "base", device="cpu", head=HEAD)
+    assert type(pipe) is FaceSnapPipeline and pipe.settings.name == "slim" and pipe.settings.steps == 2
+    vision = tiny_sdxl().face_encoder.state_dict()
+    for key, tensor in pipe.face_encoder.state_dict().items():
+        assert torch.equal(tensor, vision[key])
+    assert pipe.scorer is None
+
+
+def test_hub_id_is_read_from_its_snapshot(full_hub, made, pack):
+    put(full_hub, "someone/face-weights", "main", made / "slim")
+    pipe = checkpoints.load("someone/face-weights", device="cpu", head=HEAD)
+    assert pipe.settings.name == "slim"
+    shown = checkpoints.show(checkpoints.plan("someone/face-weights"))
+    assert "FaceSnap weights: someone/face-weights @ " + "f" * 40 in shown
+    assert "mixer/diffusion_pytorch_model.safetensors" in shown
+
+
+def test_a_base_given_as_the_model_is_pointed_out(hub, made):
+    put(hub, "someone/base", "main", made / "base")
+    with pytest.raises(InputError, match="holds no FaceSnap weights; if it is a base model, give it as --base"):
+        checkpoints.plan("someone/base")
+
+
+def test_lora_of_the_base(full_hub, made, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = tiny_sdxl()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    loaded = checkpoints.load(made / "slim", base=made / "base", lora=tmp_path / "lora", device="cpu", head=HEAD)
+    assert loaded.get_active_adapters() == ["default_0"]
+    with pytest.raises(InputError, match="is no LoRA: one safetensors file is needed, 0"):
+        checkpoints.load(made / "slim", base=made / "base", lora=made / "base", device="cpu", head=HEAD)
+
+
+def test_base_in_one_file(full_hub, made, tmp_path):
+    """With the small files of SDXL's own repository, and the same weights as from folders, half precision apart."""
+    put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    file = write_single_file(tmp_path / "base.safetensors", tiny_sdxl())
+    pipe = checkpoints.load(made / "slim", base=file, device="cpu", head=HEAD)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        expected = getattr(tiny_sdxl(), name).state_dict()
+        for key, tensor in getattr(pipe, name).state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], msg=f"{name}.{key}")
+
+
+# ---------------------------------------------------------------------- bases that cannot be used
+
+
+def load_on(base, made):
+    return checkpoints.load(made / "slim", base=base, device="cpu", head=HEAD)
+
+
+def test_truncated_and_missing_shards(full_hub, made, tmp_path):
+    base = copied(made / "base", tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="unet: diffusion_pytorch_model.fp16.safetensors is truncated"):
+        load_on(base, made)
+    file.unlink()
+    shards = {"weight_map": {"conv_in.weight": "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}}
+    (base / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(shards))
+    with pytest.raises(
+        InputError, match="the shard diffusion_pytorch_model.fp16-00001-of-00002.safetensors is missing"
+    ):
+        load_on(base, made)
+
+
+def test_stable_diffusion_1_5(full_hub, made, tmp_path):
+    base = tmp_path / "sd15"
+    base.mkdir()
+    index = {"_class_name": StableDiffusionPipeline.__name__, "unet": ["diffusers", "UNet2DConditionModel"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="it is a StableDiffusionPipeline, of Stable Diffusion 1 or 2"):
+        load_on(base, made)
+    base = copied(made / "base", tmp_path / "odd")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    config |= {"addition_embed_type": None, "cross_attention_dim": 768}
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"UNet \(cross-attention width 768\) is that of Stable Diffusion 1 or 2"):
+        load_on(base, made)
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("cond_stage_model.transformer.text_model.embeddings.position_ids", "is a Stable Diffusion 1 or 2"),
+        ("lora_unet_down.weight", "is no SDXL checkpoint"),
+    ],
+)
+def test_single_files_that_are_no_sdxl(full_hub, made, tmp_path, key, sentence):
+    small = put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    assert small.is_dir()
+    save_file({key: torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=sentence):
+        load_on(tmp_path / "model.safetensors", made)
+
+
+def test_single_files_that_cannot_be_read(full_hub, made, tmp_path):
+    put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(InputError, match="model.safetensors' is truncated or damaged"):
+        load_on(tmp_path / "model.safetensors", made)
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="no safetensors file; convert it"):
+        load_on(tmp_path / "model.ckpt", made)
+    with pytest.raises(InputError, match="There is no base model 'nothing'"):
+        load_on("nothing", made)
+
+
+def test_face_pack_without_a_file(full_hub, made, tmp_path):
+    folder = copied(Path.home() / ".insightface" / "models" / "antelopev2" / "antelopev2", tmp_path / "pack")
+    (folder / "glintr100.onnx").unlink()
+    with pytest.raises(InputError, match="has no recogniser"):
+        checkpoints.load(made / "slim", base=made / "base", device="cpu", head=HEAD, face_pack=folder)
+    with pytest.raises(InputError, match="There is no folder .* for the face pack"):
+        checkpoints.load("instantid", device="cpu", head=HEAD, face_pack=tmp_path / "none")
+
+
+# ---------------------------------------------------------------------- check
+
+
+def test_the_mini_passes_its_check(capsys):
+    with pytest.raises(SystemExit) as ended:
+        checkpoints.main(["check", str(MINI)])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "no problems found" in out and "PROBLEM" not in out
+    assert all(part in out for part in ("unet", "mixer", "ffrnet", "face_analyser", "scorer"))
+
+
+def test_check_says_what_a_slim_folder_takes_from_elsewhere(made):
+    report = checks.check(made / "slim")
+    assert report.problems == () and report.absent["face_encoder"].startswith("laion/")
+    assert "not there, taken from elsewhere: unet (the base model)" in checks.table(report)
+
+
+def test_check_finds_what_is_wrong(made, tmp_path):
+    folder = copied(made / "slim", tmp_path / "bad")
+    file = folder / "mixer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    key = min(tensors)
+    tensors["surplus"] = torch.zeros(1)
+    tensors["queries"] = tensors["queries"][:, :2].contiguous().half()
+    del tensors[key]
+    save_file(tensors, file)
+    shutil.rmtree(folder / "ffrnet")
+    problems = " ".join(checks.check(folder).problems)
+    assert "ffrnet is missing" in problems
+    assert f"mixer: 1 tensors are missing, such as {key}" in problems
+    assert "mixer: 1 tensors have other shapes, such as queries: (1, 2, 24), not (1, 4, 24)" in problems
+    assert "mixer: 1 tensors belong to no such model, such as surplus" in problems
+    assert "mixer: its tensors are of several dtypes, F16, F32" in problems
+    with pytest.raises(SystemExit) as ended:
+        checkpoints.main(["check", str(folder)])
+    assert ended.value.code == 1
+
+
+def test_check_compares_parts_with_each_other():
+    unet = dict(tiny_unet(4).config)
+    assert checks.mismatches({"unet": unet, "mixer": {"token_dim": 32}}) == []
+    (problem,) = checks.mismatches({"unet": unet, "mixer": {"token_dim": 2048}})
+    assert "width of the face tokens is 2048, the UNet's 32" in problem
+    (problem,) = checks.mismatches({"mixer": {"clip_dim": 1280}, "face_encoder": {"hidden_size": 1024}})
+    assert "face encoder's width is 1024" in problem
+    ffrnet = dict(ControlNetModel.from_unet(tiny_unet(4), load_weights_from_unet=False).config)
+    (problem,) = checks.mismatches({"unet": unet, "ffrnet": ffrnet | {"addition_embed_type": None}})
+    assert "ControlNet is for Stable Diffusion 1 or 2" in problem
+
+
+def test_check_of_no_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="There is no folder"):
+        checkpoints.main(["check", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="has no facesnap.json"):
+        checkpoints.main(["check", str(tmp_path)])

@@ -4,7 +4,9 @@ Its control picture is the drawing of the 72 landmarks; its cross-attention read
 ControlNet reads text, and a projection of them takes the place of SDXL's pooled text embedding. All that it
 sees is therefore the same for both halves of classifier-free guidance, so `attach` runs it once a step and
 repeats its residuals: exact, and at 1024² 1.20× the work of plain SDXL where a ControlNet that reads the
-prompt costs 1.40× (FaceSnap, arXiv 2602.00627; sharing the residuals is ours).
+prompt costs 1.40× (FaceSnap, arXiv 2602.00627; sharing the residuals is ours). The drawing is embedded once a
+picture rather than once a step, which is exact too. What is not exact, and off unless asked for: residuals kept
+for some steps (`every`), and none at the last ones (`end`).
 
 `attach` hooks a UNet rather than a pipeline, so any stock SDXL pipeline (text-to-image, image-to-image,
 inpainting, with LoRA or IP-Adapter) follows FFRNet while the `with` block lasts; after it nothing is changed.
@@ -13,7 +15,7 @@ inpainting, with LoRA or IP-Adapter) follows FFRNet while the `with` block lasts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,8 @@ CONDITIONING_WIDTHS = {
 
 class FFRNet(ControlNetModel):
     """A text-free `ControlNetModel` of the base UNet's shape, with the same configuration and file format."""
+
+    _repeated_blocks = ["BasicTransformerBlock"]  # what `compile_repeated_blocks` compiles, as in the UNet
 
     @classmethod
     def from_unet(  # type: ignore[override]
@@ -80,6 +84,9 @@ def attach(
     landmark_scale: float = 1.0,
     variant: Variant = "predicted",
     guidance: bool | Callable[[], bool] = False,
+    every: int = 1,
+    end: float = 1.0,
+    num_steps: int | Callable[[], int] | None = None,
 ) -> Iterator[None]:
     """While the block lasts, every forward of `unet` gets FFRNet's residuals added to whatever it is given.
 
@@ -102,13 +109,27 @@ def attach(
             UNet's text tokens, in both halves of guidance (the three scales have no meaning there).
         guidance: whether the UNet's batch is [unconditional ; conditional], or a function asked at every
             call, such as `lambda: pipe.do_classifier_free_guidance`.
+        every: FFRNet runs at every so many-th call of the UNet, the first among them; the calls between get
+            the residuals of the last run. Not exact above 1.
+        end: share of a picture's UNet calls that get residuals: call i of n does while i / n < end. Not
+            exact below 1. (Variant "none" has no residuals; `every` and `end` have no meaning there.)
+        num_steps: UNet calls that make one picture, or a function asked for them, such as
+            `lambda: pipe.num_timesteps`. Needed where `every` or `end` is not 1, to know where the next
+            picture begins: a block whose picture was cut short must then be left before another is made.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown FFRNet variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     if variant != "none" and (ffrnet is None or pooled is None or control is None):
         raise ValueError(f'variant "{variant}" needs an FFRNet, pooled tokens and a control picture')
+    if every < 1 or not 0 <= end <= 1:
+        raise ValueError(f"every is {every}, end {end}: FFRNet runs every 1, 2, … calls, for a share of 0 to 1")
+    if (every > 1 or end < 1) and num_steps is None:
+        raise ValueError("FFRNet can only rest at some steps if num_steps says how many a picture has")
     if variant == "black" and control is not None:
         control = torch.zeros_like(control)
+    calls = 0  # of the UNet, for the picture that is being made
+    residuals: tuple[list[Tensor], Tensor] | None = None  # those of FFRNet's last run
+    picture: Tensor | None = None  # `control` as FFRNet takes it; one tensor for all steps, by which `_Once` knows it
 
     def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
@@ -117,25 +138,19 @@ def attach(
             call["encoder_hidden_states"] = torch.cat([text, _rows(tokens, len(text)).to(text)], dim=1)
             return (), call
 
-        assert ffrnet is not None and pooled is not None and control is not None
+        nonlocal calls, residuals
+        position, total = calls, 1
+        if num_steps is not None:
+            total = num_steps() if callable(num_steps) else num_steps
+            calls = (calls + 1) % total
+        if position / total >= end:
+            residuals = None
+            return (), call
         halves = 2 if (guidance() if callable(guidance) else guidance) else 1
-        batch = len(call["sample"]) // halves
-        # the conditional half: the latents of both are equal, the size conditioning need not be
-        own_time_ids = call["added_cond_kwargs"]["time_ids"] if time_ids is None else _rows(time_ids, batch)
-        timestep = torch.as_tensor(call["timestep"])
-        device, dtype = call["sample"].device, ffrnet.dtype
-        down, mid = ffrnet(
-            call["sample"][-batch:, : ffrnet.config.in_channels].to(dtype),
-            timestep[-batch:] if timestep.ndim else timestep,
-            encoder_hidden_states=_rows(tokens, batch).to(device, dtype),
-            controlnet_cond=_rows(control, batch).to(device, dtype),
-            conditioning_scale=scale,
-            added_cond_kwargs={
-                "text_embeds": _rows(pooled * identity_scale, batch).to(device, dtype),
-                "time_ids": own_time_ids[-batch:].to(device),
-            },
-            return_dict=False,
+        down, mid = (
+            run(call, len(call["sample"]) // halves) if residuals is None or position % every == 0 else residuals
         )
+        residuals = (down, mid) if every > 1 else None  # else they would lie in memory until the next step
 
         def shared(residual: Tensor) -> Tensor:
             return residual.to(call["sample"].dtype).repeat(halves, 1, 1, 1)
@@ -149,7 +164,36 @@ def attach(
         call["mid_block_additional_residual"] = shared(mid) if others is None else shared(mid) + others
         return (), call
 
+    def run(call: dict[str, Any], batch: int) -> tuple[list[Tensor], Tensor]:
+        nonlocal picture
+        assert ffrnet is not None and pooled is not None and control is not None
+        # the conditional half: the latents of both are equal, the size conditioning need not be
+        own_time_ids = call["added_cond_kwargs"]["time_ids"] if time_ids is None else _rows(time_ids, batch)
+        timestep = torch.as_tensor(call["timestep"])
+        device, dtype = call["sample"].device, ffrnet.dtype
+        if picture is None or (len(picture), picture.device, picture.dtype) != (batch, device, dtype):
+            picture = _rows(control, batch).to(device, dtype)
+        # compiled code does not notice hooks that come later, and these two scales are hooks
+        hooked = (identity_scale, landmark_scale) != (1, 1)
+        with torch.compiler.set_stance("force_eager") if hooked else nullcontext():
+            return ffrnet(
+                call["sample"][-batch:, : ffrnet.config.in_channels].to(dtype),
+                timestep[-batch:] if timestep.ndim else timestep,
+                encoder_hidden_states=_rows(tokens, batch).to(device, dtype),
+                controlnet_cond=picture,
+                conditioning_scale=scale,
+                added_cond_kwargs={
+                    "text_embeds": _rows(pooled * identity_scale, batch).to(device, dtype),
+                    "time_ids": own_time_ids[-batch:].to(device),
+                },
+                return_dict=False,
+            )
+
     with ExitStack() as hooks:
+        if ffrnet is not None and _can_be_kept(ffrnet):
+            embedding = ffrnet.controlnet_cond_embedding
+            ffrnet.controlnet_cond_embedding = _Once(embedding)
+            hooks.callback(setattr, ffrnet, "controlnet_cond_embedding", embedding)
         if ffrnet is not None and identity_scale != 1:
             for name, module in ffrnet.named_modules():
                 if name.endswith(".attn2"):
@@ -159,6 +203,33 @@ def attach(
             hooks.callback(hook.remove)
         hooks.callback(unet.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         yield
+
+
+class _Once(nn.Module):
+    """A module that is not asked again about the very tensor it was asked about last; exact.
+
+    Where gradients are recorded it is: a graph that steps share could not be checkpointed step by step.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.question: Tensor | None = None
+        self.answer: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.module(x)
+        if x is not self.question:
+            self.question, self.answer = x, self.module(x)
+        return self.answer
+
+
+def _can_be_kept(ffrnet: FFRNet) -> bool:
+    """Whether the drawing's embedding may be skipped: not where hooks of group offloading count on every module
+    being called, nor inside a graph that was compiled with it."""
+    compiled = isinstance(ffrnet, torch._dynamo.OptimizedModule) or ffrnet._compiled_call_impl is not None
+    return not compiled and not any(hasattr(m, "_diffusers_hook") for m in ffrnet.controlnet_cond_embedding.modules())
 
 
 def _rows(x: Tensor, batch: int) -> Tensor:

@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from .heads import from_pretrained as read_head
 from .images import InputError, open_image
 from .mixer import FacialAttributeMixer, MixerOutput
 from .predictor import LandmarkPredictor
+from .speed import Preset, Speed, chosen, ending_guidance, halved_images
 
 SETTINGS_NAME = "facesnap.json"
 SCORER_NAME = "recogniser.onnx"
@@ -110,7 +111,8 @@ class FaceSnapOutput:
     picture made alone with its seed is the same picture (None where the caller brought a generator).
     landmarks (72, 2) in pixels of the output and its drawing; face: that of the first reference.
     identity_scores: cosine of each picture to the references by the scoring recogniser, None where no face
-    was found in the picture; empty without a scorer or for pictures that are not PIL images.
+    was found in the picture; empty without a scorer or for pictures that are not PIL images. speed: what was
+    left out for its sake.
     """
 
     images: Any
@@ -128,6 +130,7 @@ class FaceSnapOutput:
     size: tuple[int, int]
     steps: int
     guidance: float
+    speed: Speed = Speed()
 
 
 class FaceSnapPipeline(StableDiffusionXLPipeline):
@@ -445,6 +448,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         landmark_scale: float = 1.0,
         ffrnet_scale: float = 1.0,
         variant: Variant | None = None,
+        preset: Preset | None = None,
+        ffrnet_every: int | None = None,
+        ffrnet_end: float | None = None,
+        guidance_end: float | None = None,
         seed: int | None = None,
         score: bool = True,
         preview: PreviewResult | None = None,
@@ -461,6 +468,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             landmark_scale: 0–2, weight of the landmark drawing inside FFRNet.
             ffrnet_scale: 0–2, weight of all that FFRNet adds.
             variant: a row of Table 3; the checkpoint's own by default.
+            preset: "best", the default, leaves nothing out; "fast" runs FFRNet at every second step and guidance
+                for the first half of them. The next three take the place of the preset's values.
+            ffrnet_every: FFRNet runs at every so many-th step; 1 is exact.
+            ffrnet_end, guidance_end: 0–1, share of the steps with FFRNet, and with guidance; 1 is exact.
             seed: of the first picture, those after it count up; drawn by chance if None. A `generator` among
                 the stock arguments takes its place.
             score: whether to measure identity_scores.
@@ -481,6 +492,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             ("FFRNet", ffrnet_scale),
         ):
             _check_number(f"{name} scale", value, 0, 2)
+        speed = chosen(preset, ffrnet_every=ffrnet_every, ffrnet_end=ffrnet_end, guidance_end=guidance_end)
+        _check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
+        _check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
+        _check_number("end of guidance", speed.guidance_end, 0, 1)
         prompts = _prompts(prompt, kwargs)
         count = kwargs.get("num_images_per_prompt", 1)
         _check_number("number of pictures for a prompt", count, 1, 64, whole=True)
@@ -507,6 +522,14 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         request = copy.copy(self)
         request.scheduler = copy.deepcopy(self.scheduler)
         kwargs.pop("return_dict", None)
+
+        def guided() -> bool:
+            return request.do_classifier_free_guidance
+
+        starts_guided = guidance > 1 and self.unet.config.time_cond_proj_dim is None
+        ends_guidance = starts_guided and 0 < speed.guidance_end < 1
+        if ends_guidance:
+            kwargs = ending_guidance(speed.guidance_end, kwargs)
         hook = self._attach(
             request.unet,
             self.ffrnet,
@@ -517,17 +540,23 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             identity_scale=identity_scale,
             landmark_scale=landmark_scale,
             variant=variant,
-            guidance=lambda: request.do_classifier_free_guidance,
+            guidance=guided,
+            every=speed.ffrnet_every,
+            end=speed.ffrnet_end,
+            num_steps=lambda: request.num_timesteps,
         )
         try:
-            with hook:
+            with ExitStack() as hooks:
+                hooks.enter_context(hook)
+                if ends_guidance:
+                    hooks.enter_context(halved_images(request.unet, guided))
                 images = StableDiffusionXLPipeline.__call__(
                     request,
                     prompt,
                     height=height,
                     width=width,
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
+                    guidance_scale=guidance if speed.guidance_end > 0 else min(guidance, 1.0),
                     **kwargs,
                 ).images
         except BaseException:
@@ -553,7 +582,21 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             size=(height, width),
             steps=steps,
             guidance=guidance,
+            speed=speed,
         )
+
+    def compile(self, **options: Any) -> None:
+        """UNet and FFRNet through torch.compile, block by block; never done unless asked for.
+
+        The first picture of every size then takes a minute or more. Not bit-exact: compiled kernels round
+        otherwise. With `identity_scale` or `landmark_scale` other than 1 FFRNet runs uncompiled.
+
+        Args:
+            options: of `torch.compile`, such as mode="max-autotune".
+        """
+        self.unet.compile_repeated_blocks(**options)
+        if self.ffrnet is not None:
+            self.ffrnet.compile_repeated_blocks(**options)
 
     def identity_score(self, image: Picture, references: Sequence[Face]) -> float | None:
         """Cosine of the face in `image` to the references', by the recogniser that only scores.

@@ -1,5 +1,5 @@
-"""`python -m facesnap.evaluation [portraits|stock|predictor|photographs|probes] --model DIR --out FILE`, portraits
-by default.
+"""`python -m facesnap.evaluation [portraits|speed|stock|predictor|probes|photographs] --model DIR --out FILE`,
+portraits by default.
 
 Every run writes a JSON report (figures, settings, command, commit, model version, machine, library
 versions); beside it lie the results of the single pictures (.jsonl) and the pictures themselves (.work/). A
@@ -14,6 +14,7 @@ from facesnap.evaluation import report
 
 COMMANDS = {
     "portraits": "identity, pose and text of portraits of held-out people",
+    "speed": "the same portraits by each preset: what speed costs in likeness",
     "stock": "the base model through diffusers' own SDXL pipeline",
     "predictor": "predicted landmarks from detected ones, against the driver's copied",
     "probes": "what the face encoder's features tell of held-out people, linearly",
@@ -50,6 +51,8 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--people", type=int, default=40)
             command.add_argument("--poses", type=int, default=3, help="portraits of each person")
             command.add_argument("--sheet-rows", type=int, default=6)
+        if name == "speed":
+            command.add_argument("--gallery", type=int, default=200, help="people among whom rank1 is counted")
     if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
         words = ["portraits", *words]
     return parser.parse_args(words)
@@ -60,6 +63,8 @@ def main() -> None:
     # Imported late: each command loads the model code only when it is known to be wanted.
     if arguments.command == "portraits":
         from facesnap.evaluation import portraits as task
+    elif arguments.command == "speed":
+        from facesnap.evaluation import speed as task  # type: ignore[no-redef]
     elif arguments.command == "stock":
         from facesnap.evaluation import stock as task  # type: ignore[no-redef]
     elif arguments.command == "predictor":

@@ -27,7 +27,7 @@ from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from facesnap.images import InputError
-from facesnap.pipeline import SCHEDULERS
+from facesnap.pipeline import MAX_REFERENCES, SCHEDULERS
 from facesnap.templates import TEMPLATES
 from page import safety, views
 from page.order import (
@@ -49,7 +49,7 @@ from page.order import (
     preset,
     styles,
 )
-from page.studio import Look, Portrait, Reading, Step, Studio, Waiting, gpu_seconds, role, sentence
+from page.studio import MOST_WAITING, Look, Portrait, Reading, Step, Studio, Waiting, gpu_seconds, role, sentence
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
@@ -90,10 +90,12 @@ SCROLL_TO_RESULT = """() => setTimeout(() => {
 MOST_AT_ONCE = 16  # orders that Gradio hands over at a time; of these the studio makes one and lines up the others
 
 
-def build(pipeline: Any, *, allowed: Callable[[Image.Image], None] = lambda picture: None) -> gr.Blocks:
-    """The whole page over a loaded `FaceSnapPipeline`. allowed: raises InputError for what must not be shown."""
+def build(
+    pipeline: Any, *, allowed: Callable[[Image.Image], None] = lambda picture: None, most_waiting: int = MOST_WAITING
+) -> gr.Blocks:
+    """The whole page over a loaded `FaceSnapPipeline`; allowed and most_waiting as in `Studio`."""
     on_gpu = spaces.GPU(duration=gpu_seconds) if spaces else (lambda generator: generator)
-    studio = Studio(pipeline, on_gpu=on_gpu, allowed=allowed)
+    studio = Studio(pipeline, on_gpu=on_gpu, allowed=allowed, most_waiting=most_waiting)
     with gr.Blocks(title="FaceSnap", analytics_enabled=False, delete_cache=(300, 3000)) as demo:
         Page(studio, examples(ASSETS / "examples"))
         add_endpoints(studio)
@@ -146,8 +148,7 @@ class Page:
                         show_label=False,
                         container=False,
                         interactive=True,
-                        sources=self.SOURCES,
-                        file_types=None,
+                        sources=["upload", "clipboard"],
                         columns=2,
                         height=232,
                         object_fit="cover",
@@ -157,6 +158,16 @@ class Page:
                     )
                 )
                 self.seen = gr.HTML(views.SEEN_EMPTY, elem_id="seen")
+            self.more = photos_input(
+                gr.UploadButton(
+                    "Add another photo",
+                    file_count="multiple",
+                    file_types=["image"],
+                    visible=False,
+                    size="sm",
+                    elem_id="more",
+                )
+            )
 
     def _pose_card(self) -> None:
         form = self.form
@@ -341,6 +352,12 @@ class Page:
             lambda pose: gr.Image(visible=pose == PHOTO_POSE), form["pose"], form["pose_photo"], queue=False,
             **self.QUIET,
         )  # fmt: skip
+        photos = form["references"]
+        photos.change(
+            lambda paths: gr.UploadButton(visible=bool(paths) and len(paths) < MAX_REFERENCES), photos, self.more,
+            queue=False, **self.QUIET,
+        )  # fmt: skip
+        self.more.upload(lambda more, paths: [*(paths or []), *more], [self.more, photos], photos, **self.QUIET)
         form["preset"].input(self.show_preset, form["preset"], [form["steps"], form["guidance"]], **self.QUIET)
         running = [
             gr.on(
@@ -413,7 +430,7 @@ class Page:
                 readings.append(words(error))
         seen = views.seen(readings[:4])
         if any(isinstance(reading, str) for reading in readings[:4]):
-            return seen, views.PREVIEW_EMPTY
+            return seen, views.PREVIEW_BLOCKED
         if values["pose"] == PHOTO_POSE and values["pose_photo"] is None:
             return seen, views.PREVIEW_WAITS
         try:

@@ -29,6 +29,7 @@ FACE = """<svg viewBox="0 0 120 140" aria-hidden="true">
 <path d="M60 58v22M52 86c4 3 12 3 16 0" stroke-dasharray="0.1 5"/>
 <path d="M46 101c8-5 20-5 28 0c-7 8-21 8-28 0z" stroke-dasharray="0.1 4.8"/></svg>"""
 PREVIEW_EMPTY = '<div class="fs-empty"><p>The 72 landmarks that the portrait will follow.</p></div>'
+PREVIEW_BLOCKED = '<div class="fs-empty"><p>The preview waits until every photo can be read.</p></div>'
 PREVIEW_WAITS = '<div class="fs-empty"><p>Add a photo of the pose to see its landmarks.</p></div>'
 STAGE_EMPTY = f"""<div class="fs-empty fs-stage">{FACE}<p>Your portrait appears here.</p>
 <p class="fs-tip">No photo at hand? Start from an example below.</p></div>"""

@@ -25,11 +25,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
@@ -57,12 +66,27 @@ MAX_REFERENCES = 4
 MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
+MAX_TURN = 60.0  # degrees added to a pose
+
+# Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
+# spacing) go over to each. All call the model once a step but the last, k-diffusion's own second-order sampler.
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DPM++ SDE": (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "DPM++ 2M SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler a": (EulerAncestralDiscreteScheduler, {}),
+    "DDIM": (DDIMScheduler, {}),
+    "DPM++ SDE, stochastic": (DPMSolverSDEScheduler, {}),
+}
 
 # OpenAI's CLIP and all its kin, our own face encoder included, are trained on pictures normalised like this
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
+Expression = Literal["pose", "reference", "neutral"]
 Source = Picture | Face  # a photo, or what was read from it before
 
 
@@ -364,7 +388,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         pose: Source | Head | None = None,
         size: tuple[int, int] | None = None,
         *,
+        expression: Expression = "pose",
         expression_strength: float = 1.0,
+        yaw: float = 0.0,
+        pitch: float = 0.0,
+        roll: float = 0.0,
+        head_size: float = 1.0,
         variant: Variant | None = None,
     ) -> PreviewResult:
         """Where the landmarks of the portrait will be, without making it.
@@ -374,17 +403,29 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             pose: how the head is held: None (as in the first reference), a photo of anybody, the name of a
                 template, a `Head`, or landmarks (72, 2) in pixels of the output frame.
             size: (height, width) of the portrait; the checkpoint's by default.
-            expression_strength: 0–2, weight of the pose's expression; at 0 the face is neutral.
+            expression: whose the face shows: the pose's, that of the first reference, or none ("neutral").
+            expression_strength: 0–2, weight of that expression; at 0 the face is neutral.
+            yaw, pitch, roll: degrees by which the pose is turned further, each within ±60; yaw > 0 turns to the
+                picture's right, pitch > 0 looks down, roll > 0 tilts counter-clockwise.
+            head_size: 0.5–2, times the pose's, about the middle of the face.
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
         size = self._size(*(size or (None, None)))
         _check_number("expression strength", expression_strength, 0, 2)
+        _check_number("head size", head_size, 0.5, 2)
+        turn = {"yaw": yaw, "pitch": pitch, "roll": roll}
+        for name, degrees in turn.items():
+            _check_number(name, degrees, -MAX_TURN, MAX_TURN)
+        if expression not in get_args(Expression):
+            raise InputError(f"There is no expression {expression!r}; choose pose, reference or neutral.")
         variant = variant or self.settings.variant
         faces, notes = self._references(reference)
         driver_face: Face | None = None
         head: Head | None = None
 
         if _are_landmarks(pose):
+            if any(turn.values()) or head_size != 1 or expression != "pose":
+                raise InputError("Landmarks are followed as they are; turn and resize them yourself.")
             points = np.asarray(pose, dtype=np.float32)
             if not np.isfinite(points).all():
                 raise InputError("The pose landmarks hold values that are not numbers; give 72 points in pixels.")
@@ -400,6 +441,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 driver_face = self.analyse(pose, "The pose photo")
                 notes += _face_notes(driver_face, "The pose photo")
                 driver = self.predictor.reconstruct(driver_face)[0]
+            if expression == "reference":
+                driver = replace(driver, expression=heads[0].expression)
+            elif expression == "neutral":
+                driver = replace(driver, expression=np.zeros_like(driver.expression))
+            if any(turn.values()) or head_size != 1:
+                driver = self.predictor.turned(driver, **turn, head_size=head_size)
             shape = driver if variant == "driver" else heads[0]
             head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
@@ -452,6 +499,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         ffrnet_every: int | None = None,
         ffrnet_end: float | None = None,
         guidance_end: float | None = None,
+        scheduler: str | None = None,
         seed: int | None = None,
         score: bool = True,
         preview: PreviewResult | None = None,
@@ -472,10 +520,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 for the first half of them. The next three take the place of the preset's values.
             ffrnet_every: FFRNet runs at every so many-th step; 1 is exact.
             ffrnet_end, guidance_end: 0–1, share of the steps with FFRNet, and with guidance; 1 is exact.
+            scheduler: a name from SCHEDULERS, for this call only; the checkpoint's own sampler by default.
             seed: of the first picture, those after it count up; drawn by chance if None. A `generator` among
                 the stock arguments takes its place.
             score: whether to measure identity_scores.
-            preview: the result of `preview` for the same arguments, so that the photos are not read again.
+            preview: the result of `preview` for the same arguments, so that the photos are not read again. What
+                only `preview` can say (expression, turn, head size) comes this way too.
             kwargs: any other argument of `StableDiffusionXLPipeline.__call__`.
 
         Raises:
@@ -520,7 +570,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         # The stock call writes its progress into the pipeline and the scheduler. Both are copied, so that the
         # shared pipeline never changes and a callback can set what it likes; the modules are not.
         request = copy.copy(self)
-        request.scheduler = copy.deepcopy(self.scheduler)
+        request.scheduler = _scheduler(scheduler, self.scheduler)
         kwargs.pop("return_dict", None)
 
         def guided() -> bool:
@@ -578,7 +628,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             identity_scores=scores,
             notes=tuple(notes),
             model=self.settings.name,
-            scheduler=type(self.scheduler).__name__,
+            scheduler=type(request.scheduler).__name__,
             size=(height, width),
             steps=steps,
             guidance=guidance,
@@ -683,6 +733,19 @@ def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise InputError("The prompt must be text, or a list of texts.")
     return prompts
+
+
+def _scheduler(name: str | None, own: Any) -> Any:
+    """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
+    if name is None:
+        return copy.deepcopy(own)
+    if name not in SCHEDULERS:
+        raise InputError(f"There is no sampler {name!r}; choose {', '.join(list(SCHEDULERS)[:-1])}.")
+    kind, options = SCHEDULERS[name]
+    try:
+        return kind.from_config(own.config, **options)
+    except ImportError as error:
+        raise InputError(f"The sampler {name!r} needs a library that is not installed here: choose another.") from error
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

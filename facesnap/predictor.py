@@ -78,6 +78,17 @@ class LandmarkPredictor:
             size=size,
         )
 
+    def turned(
+        self, head: Head, *, yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0, head_size: float = 1.0
+    ) -> Head:
+        """The head turned further by so many degrees (signs as in `from_numbers`) and `head_size` times as
+        large, about the middle of its face, which stays where it is in the picture."""
+        angles = np.array(head.angles) + (yaw, pitch, roll)
+        rotation, scale = rotation_from_euler(*angles), head_size * head.scale
+        middle = (self.model.mean.min(axis=0) + self.model.mean.max(axis=0)) / 2
+        moved = head.scale * (head.rotation @ middle) - scale * (rotation @ middle)
+        return replace(head, rotation=rotation, scale=scale, translation=head.translation + moved[:2] * [1, -1])
+
     def _expression(self, expression: Mapping[str, float] | np.ndarray | None) -> np.ndarray:
         coefficients = np.zeros(self.model.num_expression, dtype=np.float32)
         if isinstance(expression, Mapping):

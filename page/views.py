@@ -1,33 +1,40 @@
-"""What the page shows, as HTML: the preview's figures, progress, results and errors."""
+"""What the page shows, as HTML: how photos were read, the preview, progress, results and errors."""
 
 import base64
 import html
 import io
-import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from facesnap.faces import Face
-from facesnap.landmarks import draw, from_68
+from facesnap.landmarks import draw
 from facesnap.templates import TEMPLATES
 
-from .studio import Look, Step
+from .order import OWN_POSE
+from .studio import Look, Reading
 
 HEAD = """<header class="fs-head"><h1>FaceSnap</h1>
 <p>One photo, a head pose and a sentence in; a portrait of that person out.</p></header>"""
-PREVIEW_EMPTY = '<div class="fs-empty"><p>The landmarks show here<br>as soon as there is a photo.</p></div>'
-PREVIEW_WAITS = '<div class="fs-empty"><p>Add a photo of the pose<br>to see its landmarks.</p></div>'
-STAGE_EMPTY = """<div class="fs-empty fs-stage"><svg viewBox="0 0 120 140" aria-hidden="true">
+SEEN_EMPTY = """<div class="fs-empty"><p>How each photo is read shows here.</p>
+<p class="fs-tip">A face that is large and well lit works best.</p></div>"""
+FACE = """<svg viewBox="0 0 120 140" aria-hidden="true">
 <path d="M24 52c0 40 16 68 36 68s36-28 36-68" stroke-dasharray="0.1 6.2"/>
 <path d="M33 48c5-4 12-5 18-2M69 46c6-3 13-2 18 2" stroke-dasharray="0.1 5"/>
 <path d="M36 60c4-4 10-4 14 0c-4 3-10 3-14 0z" stroke-dasharray="0.1 4.4"/>
 <path d="M70 60c4-4 10-4 14 0c-4 3-10 3-14 0z" stroke-dasharray="0.1 4.4"/>
 <path d="M60 58v22M52 86c4 3 12 3 16 0" stroke-dasharray="0.1 5"/>
-<path d="M46 101c8-5 20-5 28 0c-7 8-21 8-28 0z" stroke-dasharray="0.1 4.8"/></svg>
-<p>Your portrait appears here.</p></div>"""
+<path d="M46 101c8-5 20-5 28 0c-7 8-21 8-28 0z" stroke-dasharray="0.1 4.8"/></svg>"""
+PREVIEW_EMPTY = '<div class="fs-empty"><p>The 72 landmarks that the portrait will follow.</p></div>'
+PREVIEW_BLOCKED = '<div class="fs-empty"><p>The preview waits until every photo can be read.</p></div>'
+PREVIEW_WAITS = '<div class="fs-empty"><p>Add a photo of the pose to see its landmarks.</p></div>'
+STAGE_EMPTY = f"""<div class="fs-empty fs-stage">{FACE}<p>Your portrait appears here.</p>
+<p class="fs-tip">No photo at hand? Start from an example below.</p></div>"""
+STAGE_FAILED = f"""<div class="fs-empty fs-stage fs-failed">{FACE}<p>No portrait was made.</p>
+<p class="fs-tip">What to do stands above.</p></div>"""
 FOOT = """<footer class="fs-foot"><p>Every portrait is marked as generated, in its file. Uploads are deleted
 within the hour and used for nothing else. Portray only people who agree to it, and say that a picture is
 generated when you show it.</p></footer>"""
@@ -38,14 +45,55 @@ def heading(title: str, hint: str = "", number: int | None = None) -> str:
     return f'<h2 class="fs-heading">{mark}{title}<small>{hint}</small></h2>'
 
 
-def preview(look: Look) -> str:
-    """The photo as it was read, the pose photo where there is one, and the drawing the model is given."""
-    result = look.result
-    figures = [_read_figure(look.photo, result.reference_faces[0], "your photo")]
-    if look.pose_photo is not None:
-        figures.append(_read_figure(look.pose_photo, result.driver_face, "the pose"))
-    figures.append(_figure(result.drawing, "what the model sees", "The 72 landmarks asked of the portrait."))
-    return f'<div class="fs-figures">{"".join(figures)}</div>{notes(result.notes)}'
+# ------------------------------------------------------------------ what goes in
+
+
+def seen(readings: Sequence[Reading | str]) -> str:
+    """How each reference was read: its crop and which face it is, or in a sentence why it cannot be used."""
+    tiles = []
+    for number, reading in enumerate(readings, start=1):
+        name = "the photo" if len(readings) == 1 else f"photo {number}"
+        if isinstance(reading, str):
+            tiles.append(f'<div class="fs-note fs-error" role="alert">{html.escape(reading)}</div>')
+            continue
+        count = reading.face.count
+        which = "one face" if count == 1 else f"the largest of {count} faces"
+        tiles.append(_figure(reading.face.crop, which, f"The face that was cut out of {name}: {which}.", side=224))
+    return f'<div class="fs-tiles fs-{len(tiles)}">{"".join(tiles)}</div>'
+
+
+def preview(look: Look, pose: str, templates: Path) -> str:
+    """The reference and the driver with their landmarks, and the drawing the model is given, at its aspect."""
+    figures = [_figure(overlay(look.references[0]), "your photo", "Your photo with its landmarks.")]
+    if look.driver is not None:
+        count = look.driver.face.count
+        which = "the pose" if count == 1 else f"the pose: largest of {count} faces"
+        figures.append(_figure(overlay(look.driver), which, "The pose photo with its landmarks."))
+    elif pose != OWN_POSE:
+        template = next(template for template in TEMPLATES if template.name == pose)
+        picture = _thumbnail(templates / f"{pose}.png")
+        figures.append(_figure(picture, template.title.lower(), f"The pose “{template.title}” with its landmarks."))
+    height, width = look.result.drawing.shape[:2]
+    drawing = _figure(
+        look.result.drawing,
+        "what the model follows",
+        "The 72 landmarks of the portrait: the face of the photo, held as asked.",
+        style=f"aspect-ratio: {width} / {height}; {'width' if width >= height else 'height'}: 100%",
+    )
+    joined = '<span class="fs-op" aria-hidden="true">+</span>'.join(figures)
+    arrow = '<span class="fs-op" aria-hidden="true">→</span>'
+    return f'<div class="fs-figures">{joined}{arrow}{drawing}</div>{notes(look.result.notes)}'
+
+
+def overlay(reading: Reading) -> np.ndarray:
+    """The part around the face with its landmarks drawn over it."""
+    drawing = draw(reading.points, reading.around.shape[:2])
+    cover = drawing.max(axis=2, keepdims=True) / 255
+    # The photo a little darker, so that the lines stand out on light skin as well.
+    return np.round(0.8 * reading.around * (1 - cover) + drawing * cover).astype(np.uint8)
+
+
+# ------------------------------------------------------------------ what comes out
 
 
 def note(text: str, *, error: bool = False) -> str:
@@ -53,75 +101,79 @@ def note(text: str, *, error: bool = False) -> str:
     return f'<div class="{kind}" role="{role}">{html.escape(text)}</div>'
 
 
-def notes(texts: tuple[str, ...] | list[str]) -> str:
+def notes(texts: Sequence[str]) -> str:
     return "".join(f'<p class="fs-hint">{html.escape(text)}</p>' for text in texts)
 
 
-def working(step: Step, started: float) -> str:
-    """Progress; `started` is a reading of `time.perf_counter`."""
-    if step.done == 0:
-        text = "Reading the photo…"
-    elif step.done == step.of:
-        text = "Finishing…"
-    else:
-        left = (time.perf_counter() - started) / step.done * (step.of - step.done)
-        text = f"Step {step.done} of {step.of} · about {max(1, round(left))} s left"
+def working(text: str, done: int = 0, of: int = 1) -> str:
+    """Progress. Only its beginning is announced: a screen reader need not hear every step."""
+    live = 'role="status"' if done == 0 else 'role="group"'
     return (
-        f'<div class="fs-working" role="status"><span>{text}</span>'
-        f'<progress max="{step.of}" value="{step.done}" aria-label="Steps done"></progress></div>'
+        f'<div class="fs-working" {live}><span>{html.escape(text)}</span>'
+        f'<progress max="{of}" value="{done}" aria-label="Steps done"></progress></div>'
     )
+
+
+def steps(done: int, of: int, number: int, count: int, seconds_a_step: float) -> str:
+    """Where the work stands: step `done` of `of` in picture `number` (from 0) of `count`."""
+    which = f"Picture {number + 1} of {count}, step" if count > 1 else "Step"
+    left = seconds_a_step * (of - done + of * (count - number - 1))
+    tail = f"about {max(1, round(left))} s left" if done < of or number + 1 < count else "finishing"
+    return working(f"{which} {done} of {of} · {tail}", number * of + done, of * count)
+
+
+def waiting(ahead: int) -> str:
+    pictures = "One picture is" if ahead == 1 else f"{ahead} pictures are"
+    return working(f"{pictures} made before yours. You may stay or stop.")
+
+
+def stage_working(drawing: np.ndarray) -> str:
+    """While the first portrait is made: the landmarks it follows."""
+    return f'<div class="fs-stage fs-making"><img src="{_data_uri(drawing)}" alt="The landmarks being followed."></div>'
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What stands under a finished portrait."""
-    score = report["identity_score"]
-    identity = report["likeness"]
-    if score is not None:
-        meter = f'<meter max="1" value="{max(score, 0)}" aria-label="Identity score"></meter>'
-        identity = f"<b>{score:.2f}</b>{meter}{identity}"
-    made = f"{report['steps']} steps, {report['seconds']:.1f} s, {html.escape(report['model'])}"
-    return (
-        '<dl class="fs-summary" role="status">'
-        f"<div><dt>Identity</dt><dd>{identity}</dd></div>"
-        f"<div><dt>Seed</dt><dd><b>{report['seed']}</b></dd></div>"
-        f"<div><dt>Made in</dt><dd>{made}</dd></div></dl>{notes(report['notes'])}"
+    """What stands under the finished portraits: scores and seeds, and one line that says what made them."""
+    rows = []
+    for number, made in enumerate(report["pictures"], start=1):
+        score, words = made["identity_score"], html.escape(made["likeness"])
+        if score is not None:
+            meter = f'<meter max="1" value="{max(score, 0)}" aria-label="Identity score"></meter>'
+            words = f"<b>{score:.2f}</b>{meter}{words}"
+        name = "Identity" if len(report["pictures"]) == 1 else f"Picture {number}"
+        rows.append(f"<div><dt>{name}</dt><dd>{words}<span>seed <b>{made['seed']}</b></span></dd></div>")
+    on = {"cpu": "the CPU", "cuda": "a GPU"}.get(report["device"], report["device"])
+    made_by = (
+        f"{report['model']}, {report['mode']}: {report['steps']} steps, guidance {report['guidance']:g}, "
+        f"{report['width']} × {report['height']}, {report['seconds']['making']:.1f} s on {on}"
     )
+    return (
+        f'<dl class="fs-summary" role="status">{"".join(rows)}'
+        f"<div><dt>Made by</dt><dd>{html.escape(made_by)}</dd></div></dl>{notes(report['notes'])}"
+    )
+
+
+# ------------------------------------------------------------------ pictures in pages
 
 
 def pose_tiles(folder: Path) -> str:
     """CSS that puts the thumbnails `<folder>/<template name>.png` on the templates' radio buttons."""
     rules = []
     for number, template in enumerate(TEMPLATES, start=2):  # the first button is the photo's own pose
-        thumbnail = np.asarray(Image.open(folder / f"{template.name}.png").convert("RGB"))
-        picture = f"background-image: url({_data_uri(thumbnail, 160)})"
+        picture = f"background-image: url({_data_uri(_thumbnail(folder / f'{template.name}.png'), 160)})"
         rules.append(f"#pose label:nth-of-type({number})::before {{ {picture} }}")
     return "\n".join(rules)
 
 
-def overlay(photo: np.ndarray, face: Face, side: int = 384) -> np.ndarray:
-    """The part of a photo around its face, at most side² pixels, with its 72 landmarks drawn over it."""
-    x0, y0, x1, y1 = face.box
-    half = 0.95 * max(x1 - x0, y1 - y0)
-    centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
-    start = np.maximum(np.floor(centre - half), 0).astype(int)
-    end = np.minimum(np.ceil(centre + half), photo.shape[1::-1]).astype(int)
-    crop = photo[start[1] : end[1], start[0] : end[0]]
-    scale = side / max(crop.shape[:2])
-    height, width = (max(1, round(length * scale)) for length in crop.shape[:2])
-    picture = np.asarray(Image.fromarray(crop).resize((width, height), Image.Resampling.LANCZOS))
-    drawing = draw((from_68(face.landmarks[:, :2]) - start) * scale, (height, width))
-    cover = drawing.max(axis=2, keepdims=True) / 255
-    # The photo a little darker, so that the lines stand out on light skin as well.
-    return np.round(0.8 * picture * (1 - cover) + drawing * cover).astype(np.uint8)
+@cache
+def _thumbnail(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
-def _read_figure(photo: np.ndarray, face: Face, name: str) -> str:
-    caption = name if face.count == 1 else f"{name}: the largest of {face.count} faces"
-    return _figure(overlay(photo, face), caption, f"{caption}, with its landmarks".capitalize())
-
-
-def _figure(image: np.ndarray, caption: str, alt: str) -> str:
-    return f'<figure><img src="{_data_uri(image)}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
+def _figure(image: np.ndarray, caption: str, alt: str, *, side: int = 384, style: str = "") -> str:
+    styled = f' style="{style}"' if style else ""
+    picture = f'<img src="{_data_uri(image, side)}" alt="{html.escape(alt)}"{styled}>'
+    return f"<figure><div>{picture}</div><figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _data_uri(image: np.ndarray, side: int = 384) -> str:

@@ -9,6 +9,8 @@ import pytest
 # bfloat16 convolutions.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+pytest_plugins = ["served"]  # the fixtures of the page
+
 
 @pytest.fixture(scope="session")
 def pipe():

@@ -299,6 +299,7 @@ def assemble(run: Run, minutes: float) -> None:
                 "stage": last.name,
                 "license": "Apache-2.0",
                 "hint": HINT,
+                "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of page.order
                 "diffusers": importlib.metadata.version("diffusers"),
             },
         ),

@@ -1,0 +1,139 @@
+"""The page, served over a tiny FaceSnap with random weights, and what its tests upload to it.
+
+Its "photos" are noise that says who it shows (tiny.py). Fixtures; conftest.py makes them known to all tests.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gradio_client import Client
+from PIL import Image
+from tiny import faceless, photo
+
+CHROMIUM = Path("/usr/bin/chromium")
+MOST_WAITING = 2
+
+
+class Slow:
+    """The pipeline, with a pause at every step and a count of them."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+        self.steps, self.pause, self.fails = 0, 0.0, False
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def __call__(self, prompt, *, callback_on_step_end, **arguments):
+        def on_step_end(*state):
+            self.steps += 1
+            time.sleep(self.pause)
+            return callback_on_step_end(*state)
+
+        if self.fails:
+            raise RuntimeError("/etc/secret: the server's own text")
+        return self.pipe(prompt, callback_on_step_end=on_step_end, **arguments)
+
+
+def wait_for(happened, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> SimpleNamespace:
+    """Uploads, good and bad."""
+    folder = tmp_path_factory.mktemp("uploads")
+
+    def keep(name: str, pixels: np.ndarray) -> str:
+        Image.fromarray(pixels).save(folder / name)
+        return str(folder / name)
+
+    (folder / "words.png").write_text("these are words")
+    (folder / "cut.png").write_bytes(Path(keep("whole.png", photo(1))).read_bytes()[:2000])
+    Image.new("1", (12000, 12000)).save(folder / "huge.png")
+    return SimpleNamespace(
+        ann=keep("ann.png", photo(1)),
+        ann_too=keep("ann_too.png", photo(1, 1)),
+        bob=keep("bob.png", photo(2)),
+        group=keep("group.png", photo(1, 99)),
+        faceless=keep("faceless.png", faceless()),
+        words=str(folder / "words.png"),
+        cut=str(folder / "cut.png"),
+        huge=str(folder / "huge.png"),
+    )
+
+
+@pytest.fixture(scope="session")
+def page(pipe, tmp_path_factory):
+    """The page, served; its assets are made here, so that it does not matter which the repository has."""
+    import app
+    from facesnap.templates import TEMPLATES, thumbnail
+
+    assets = tmp_path_factory.mktemp("assets")
+    for folder in ("templates", "examples"):
+        (assets / folder).mkdir()
+    for template in TEMPLATES:
+        Image.fromarray(thumbnail(template, pipe.head_model, 64)).save(assets / "templates" / f"{template.name}.png")
+    Image.fromarray(photo(3)).save(assets / "examples" / "cleo.png")
+    row = {"reference": "cleo.png", "pose": "quarter-left", "prompt": "in a red coat", "style": "oil painting"}
+    (assets / "examples" / "examples.json").write_text(json.dumps([row]))
+
+    slow = Slow(pipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "ASSETS", assets)
+        demo = app.build(slow, most_waiting=MOST_WAITING)
+        _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
+        yield SimpleNamespace(url=url, pipe=slow)
+    demo.close()
+
+
+@pytest.fixture
+def client(page):
+    page.pipe.pause, page.pipe.fails = 0.0, False
+    return Client(page.url, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if not CHROMIUM.exists() and not os.environ.get("CI"):
+        pytest.skip("the page is tested in Debian's chromium; apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
+    quiet = ("--disable-background-networking", "--disable-component-update")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*flags, *quiet])
+
+
+@pytest.fixture
+def visit(browser, page):
+    """visit() opens the page; afterwards no error may be in the console and no request may have gone out."""
+    page.pipe.pause, page.pipe.fails = 0.0, False
+    contexts, faults = [], []
+
+    def visit(width: int = 1280, **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        context.set_default_timeout(120_000)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on(
+            "request",
+            lambda r: None if r.url.startswith((page.url, "data:", "blob:")) else faults.append(r.url),
+        )
+        tab.goto(page.url)
+        tab.wait_for_selector("#generate")
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert faults == []

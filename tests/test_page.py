@@ -1,0 +1,375 @@
+"""The page as people use it: real Chromium, over a tiny FaceSnap (served.py).
+
+FACESNAP_SCREENSHOTS=<folder> keeps a picture of every state; without it they go to a temporary folder.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from served import wait_for
+from test_app import settled
+
+from page.order import POSES
+
+
+@pytest.fixture(scope="session")
+def shoot(tmp_path_factory):
+    """shoot(tab, name) keeps a screenshot and refuses an empty one."""
+    folder = Path(os.environ.get("FACESNAP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def shoot(tab, name: str) -> None:
+        tab.screenshot(path=folder / f"{name}.png", full_page=True)
+        assert np.asarray(Image.open(folder / f"{name}.png").convert("L")).std() > 5
+
+    return shoot
+
+
+def upload(tab, *paths: str, where: str = "#references") -> None:
+    tab.locator(f"{where} input[type=file]").first.set_input_files(list(paths))
+
+
+def ready(tab, *paths: str):
+    """A page with photos, their preview, and consent."""
+    upload(tab, *paths)
+    tab.wait_for_selector("#preview .fs-figures")
+    tab.locator("#consent input").check()
+    return tab
+
+
+def unfold(tab, *accordions: str) -> None:
+    for accordion in accordions:
+        tab.locator(f"#{accordion} button").first.click()
+
+
+def set_slider(tab, label: str, value: float) -> None:
+    tab.get_by_label(f"number input for {label}").fill(str(value))
+    tab.keyboard.press("Tab")
+
+
+def test_first_visit_to_portrait(visit, files, shoot):
+    tab = visit()
+    assert "Your portrait appears here" in tab.locator("#stage").inner_text()
+    shoot(tab, "empty")
+    upload(tab, files.ann)
+    tab.wait_for_selector("#preview .fs-figures")
+    assert "one face" in tab.locator("#seen").inner_text()
+    tab.locator("#prompt textarea").fill("by the sea")
+    tab.locator("#consent input").check()
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#pictures img")
+    said = tab.locator("#summary").inner_text()
+    assert re.search(r"Identity\s+-?\d\.\d\d", said) and re.search(r"seed\s+\d+", said)
+    assert re.search(r"Made by\s+tiny, best: 2 steps", said)
+    tab.wait_for_selector("#generate")
+    assert not tab.locator("#stop").is_visible()
+    shoot(tab, "done")
+    with tab.expect_download() as download:
+        tab.locator("#download").click()
+    assert Image.open(download.value.path()).text["seed"] in said
+
+
+def test_a_seed_can_be_used_again(visit, files):
+    tab = ready(visit(), files.ann)
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#pictures img")
+    first = tab.locator("#summary b").last.inner_text()
+    tab.locator("#again").click()
+    unfold(tab, "advanced")
+    tab.wait_for_function("() => !document.querySelector('#new-seed input').checked")
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#stop", state="hidden")
+    assert tab.locator("#summary b").last.inner_text() == first
+
+
+def test_several_photos_are_read_one_by_one(visit, files, shoot):
+    tab = visit()
+    upload(tab, files.ann, files.group)
+    tab.wait_for_selector("#seen figure:nth-child(2)")
+    assert tab.locator("#seen figcaption").all_inner_texts() == ["one face", "the largest of 2 faces"]
+    upload(tab, files.ann_too, where="#more") if tab.locator("#more input").count() else None
+    tab.wait_for_selector("#preview .fs-figures")
+    assert "2 faces" in tab.locator("#preview").inner_text()
+    shoot(tab, "several-photos")
+
+
+def test_the_preview_follows_every_change(visit, files):
+    tab = visit()
+    drawing = "#preview figure:last-child img"
+    upload(tab, files.ann)
+    tab.wait_for_selector(drawing)
+    seen = [tab.locator(drawing).get_attribute("src")]
+
+    def changed() -> None:
+        tab.wait_for_function(
+            "([q, old]) => { const e = document.querySelector(q); return e && !old.includes(e.src); }",
+            arg=[drawing, seen],
+        )
+        seen.append(tab.locator(drawing).get_attribute("src"))
+
+    tab.locator("#pose").get_by_label("Quarter left", exact=True).check(force=True)
+    changed()
+    assert tab.locator("#preview figure").count() == 3  # the photo, the template, the drawing
+    unfold(tab, "turn", "advanced")
+    for label, value in (("Turn (yaw)", 10), ("Nod (pitch)", 10), ("Tilt (roll)", 10), ("Head size", 0.8)):
+        set_slider(tab, label, value)
+        changed()
+    tab.locator("#turn").get_by_label("As in the photo", exact=True).check(force=True)
+    changed()
+    tab.locator("#advanced").get_by_label("3:2", exact=True).check(force=True)
+    changed()
+    width, height = tab.locator(drawing).evaluate("e => [e.naturalWidth, e.naturalHeight]")
+    assert width > height
+    tab.locator("#pose").get_by_label("Another photo", exact=True).check(force=True)
+    tab.wait_for_selector("#pose-photo input[type=file]", state="attached")
+    tab.wait_for_selector("#preview :text('Add a photo of the pose')")
+    upload(tab, files.bob, where="#pose-photo")
+    changed()
+    assert tab.locator("#preview figcaption").all_inner_texts()[1] == "the pose"
+
+
+def test_presets_move_the_steps(visit):
+    tab = visit()
+    unfold(tab, "advanced")
+    steps = tab.get_by_label("number input for Steps")
+    assert steps.input_value() == "2"
+    tab.locator("#preset").get_by_label("Fast", exact=True).check(force=True)
+    tab.wait_for_function("() => document.querySelector('[aria-label=\"number input for Steps\"]').value === '1'")
+
+
+def test_several_pictures_each_with_its_score_and_seed(visit, files, shoot):
+    tab = ready(visit(), files.ann)
+    unfold(tab, "advanced")
+    set_slider(tab, "Pictures", 3)
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#summary :text('Picture 3')")
+    tab.wait_for_selector("#stop", state="hidden")
+    assert tab.locator("#pictures .thumbnail-item").count() == 3
+    seeds = [int(text) for text in re.findall(r"seed\s+(\d+)", tab.locator("#summary").inner_text())]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+    unfold(tab, "advanced")
+    shoot(tab, "several-pictures")
+    tab.locator("#pictures .thumbnail-item").nth(1).click()
+    tab.wait_for_selector(f"#again:has-text('{seeds[1]}')")
+
+
+def test_an_example_fills_the_form_and_is_made_once(visit, page):
+    page.pipe.steps = 0
+    steps = []
+    for _ in range(2):
+        tab = visit()
+        tab.locator("#examples button").first.click()
+        tab.wait_for_selector("#pictures img")
+        tab.wait_for_selector("#preview .fs-figures")
+        assert tab.locator("#prompt textarea").input_value() == "in a red coat"
+        assert tab.locator("#pose input:checked").get_attribute("value") == "quarter-left"
+        assert tab.locator("#style input:checked").get_attribute("value") == "oil painting"
+        steps.append(page.pipe.steps)
+    assert steps in ([2, 2], [0, 0])  # 0 where an earlier visitor asked already
+
+
+# What goes wrong ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_made_without_photo_or_consent(visit, files, shoot):
+    tab = visit()
+    tab.locator("#generate").click()
+    assert "There is no photo yet" in tab.locator("#references .validation-error").inner_text()
+    shoot(tab, "no-photo")
+    tab.reload()
+    upload(tab, files.ann)
+    tab.wait_for_selector("#preview .fs-figures")
+    tab.locator("#generate").click()
+    assert "tick the box" in tab.locator("#consent .validation-error").inner_text()
+    shoot(tab, "no-consent")
+    tab.locator("#consent input").check()  # the message does not lie over the box
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#pictures img")
+
+
+@pytest.mark.parametrize(
+    ("photos", "said"),
+    [
+        (["faceless"], "The photo: No face"),
+        (["words"], "not a picture"),
+        (["cut"], "damaged"),
+        (["huge"], "12000 × 12000"),
+        (["ann", "words"], "Photo 2: This file is not a picture"),
+    ],
+)
+def test_photos_that_cannot_be_read_say_why(visit, files, photos, said, shoot):
+    tab = visit()
+    upload(tab, *(getattr(files, name) for name in photos))
+    assert said in tab.locator("#seen .fs-error").inner_text()
+    assert "waits until every photo" in tab.locator("#preview").inner_text()
+    assert tab.locator("#seen figure").count() == len(photos) - 1
+    shoot(tab, f"unreadable-{photos[-1]}-{len(photos)}")
+
+
+def test_too_many_photos(visit, files):
+    tab = visit()
+    upload(tab, files.ann, files.ann_too, files.bob, files.group, files.ann)
+    assert "choose at most 4" in tab.locator("#preview .fs-error").inner_text()
+
+
+def test_a_pose_photo_without_a_face(visit, files):
+    tab = visit()
+    upload(tab, files.ann)
+    tab.locator("#pose").get_by_label("Another photo", exact=True).check(force=True)
+    tab.wait_for_selector("#pose-photo input[type=file]", state="attached")
+    upload(tab, files.faceless, where="#pose-photo")
+    assert "The pose photo: No face" in tab.locator("#preview .fs-error").inner_text()
+
+
+def test_a_failure_is_one_sentence_and_the_button_comes_back(visit, page, files, shoot):
+    tab = ready(visit(), files.ann)
+    page.pipe.fails = True
+    tab.locator("#generate").click()
+    text = tab.locator("#status .fs-error").inner_text()
+    assert "Something went wrong" in text and "secret" not in text
+    assert tab.locator("#generate").is_visible()
+    assert "No portrait was made" in tab.locator("#stage").inner_text()
+    shoot(tab, "failed")
+
+
+# Stopping and leaving -------------------------------------------------------------------------------------
+
+
+def working(visit, page, files):
+    """A page whose portrait takes 40 steps of half a second, of which some are made."""
+    tab = ready(visit(), files.ann)
+    unfold(tab, "advanced")
+    set_slider(tab, "Steps", 40)
+    page.pipe.pause, page.pipe.steps = 0.5, 0
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#status progress:not([value='0'])")
+    return tab
+
+
+def test_stop_ends_the_work_within_a_step(visit, page, files, shoot):
+    tab = working(visit, page, files)
+    assert re.search(r"Step \d+ of 40 · about \d+ s left", tab.locator("#status").inner_text())
+    shoot(tab, "working")
+    tab.locator("#stop").click()
+    tab.wait_for_selector("#status :text('Stopped.')")
+    assert tab.locator("#generate").is_visible()
+    wait_for(lambda: settled(page.pipe))
+    assert page.pipe.steps < 35
+    page.pipe.pause = 0
+    tab.locator("#generate").click()  # the line is free
+    tab.wait_for_selector("#pictures img")
+
+
+def test_a_closed_tab_ends_the_work_and_frees_the_queue(visit, page, files):
+    tab = working(visit, page, files)
+    tab.close()
+    wait_for(lambda: settled(page.pipe))
+    assert page.pipe.steps < 35
+    page.pipe.pause = 0
+    tab = ready(visit(), files.bob)
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#pictures img")
+
+
+def test_who_waits_is_told_so(visit, page, files):
+    first, second = working(visit, page, files), ready(visit(), files.bob)
+    second.locator("#generate").click()
+    second.wait_for_selector("#status :text('made before yours')")
+    first.locator("#stop").click()
+    page.pipe.pause = 0
+    second.wait_for_selector("#pictures img")
+
+
+# Everybody ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_without_scrolling_sideways(visit, files, scheme, shoot):
+    tab = visit(390, color_scheme=scheme)
+    upload(tab, files.ann)
+    tab.wait_for_selector("#preview .fs-figures")
+    unfold(tab, "turn", "advanced")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    red = tab.locator("body").evaluate("e => +getComputedStyle(e).backgroundColor.match(/\\d+/)[0]")
+    assert (red < 60) == (scheme == "dark")
+    tops = [
+        tab.locator(f"#{name}").bounding_box()["y"] for name in ("card-pose", "card-preview", "card-prompt", "result")
+    ]
+    assert tops == sorted(tops)  # the preview stands where it helps: between the pose and the words
+    shoot(tab, f"phone-{scheme}")
+
+
+def test_a_wide_screen_keeps_to_1100_pixels(visit):
+    tab = visit(1920)
+    assert tab.locator("#columns").bounding_box()["width"] <= 1100
+
+
+def test_keyboard_only_from_photo_to_portrait(visit, files):
+    """Every control is reached with Tab and worked with keys; only the file dialog is the browser's own."""
+    tab = visit()
+    with tab.expect_file_chooser() as chooser:
+        press_until(tab, "#references .upload-container")
+        tab.keyboard.press("Enter")
+    chooser.value.set_files(files.ann)
+    tab.wait_for_selector("#preview .fs-figures")
+    press_until(tab, "#pose input")
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Space")
+    assert tab.locator("#pose input:checked").get_attribute("value") == POSES[1]
+    press_until(tab, "#prompt textarea")
+    tab.keyboard.type("by the sea")
+    press_until(tab, "#consent input")
+    tab.keyboard.press("Space")
+    press_until(tab, "#generate")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#pictures img")
+
+
+def press_until(tab, selector: str) -> None:
+    for _ in range(60):
+        if tab.evaluate("q => !!document.activeElement && document.activeElement.matches(q)", selector):
+            return
+        tab.keyboard.press("Tab")
+    raise AssertionError(f"Tab does not reach {selector}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit, page, files, scheme):
+    tab = visit(color_scheme=scheme)
+    found = {"empty": serious(tab)}
+    upload(tab, files.ann, files.words)
+    tab.wait_for_selector("#seen .fs-error")
+    found["unreadable"] = serious(tab)
+    tab.reload()
+    ready(tab, files.ann, files.group)
+    tab.locator("#pose").get_by_label("Another photo", exact=True).check(force=True)
+    tab.wait_for_selector("#pose-photo input[type=file]", state="attached")
+    upload(tab, files.bob, where="#pose-photo")
+    tab.wait_for_selector("#preview figcaption:text('the pose')")
+    unfold(tab, "turn", "advanced")
+    page.pipe.pause = 0.5
+    set_slider(tab, "Steps", 10)
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#status progress:not([value='0'])")
+    found["working"] = serious(tab)
+    page.pipe.pause = 0
+    tab.wait_for_selector("#pictures img")
+    tab.wait_for_selector("#stop", state="hidden")
+    found["done"] = serious(tab)
+    page.pipe.fails = True
+    tab.locator("#generate").click()
+    tab.wait_for_selector("#status .fs-error")
+    found["failed"] = serious(tab)
+    assert {state: violations for state, violations in found.items() if violations} == {}
+
+
+def serious(tab) -> list[str]:
+    tab.wait_for_timeout(400)  # transitions of colours end
+    violations = Axe().run(tab).response["violations"]
+    grave = [v for v in violations if v["impact"] in ("serious", "critical")]
+    return [f"{v['id']}: {node['target']} {node['failureSummary'][:200]}" for v in grave for node in v["nodes"]]

@@ -2,7 +2,8 @@
 
 `joint` learns the whole mini from nothing: base UNet, text encoders, mixer and FFRNet together, with FFRNet switched
 off for a share of the samples so that the base stands on its own. `facesnap` is the paper's training: the base is
-frozen, only mixer and FFRNet learn, by the masked loss (equation 3).
+frozen, only mixer and FFRNet learn, by the masked loss (equation 3) and, where a recogniser φ is given, by the identity
+loss (equation 4, identity.py) with the base itself as the few-step branch.
 """
 
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from facesnap.faces import align, five_points
 from facesnap.ffrnet import FFRNet
-from facesnap.landmarks import draw
+from facesnap.landmarks import draw, to_68
 from facesnap.mixer import FacialAttributeMixer
 
 from .data import People
 from .features import Features, head_masks
+from .identity import IdentityConfig, IdentityLoss, batch_part
 from .losses import (
     add_noise,
     diffusion_target,
@@ -94,7 +97,8 @@ class Parts:
 class DiffusionStage(Stage):
     """Batches of (latents, noise, text, references, drawing) for both stages.
 
-    latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly.
+    latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly. With
+    `identity_loss`, phi (N, 512) is what `phi_of` gives.
     """
 
     def __init__(
@@ -111,6 +115,9 @@ class DiffusionStage(Stage):
         text_drop: float = 0.1,
         background: float = 0.5,
         control_size: int = 256,
+        identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)
+        identity_loss: IdentityLoss | None = None,
+        phi: np.ndarray | None = None,
     ) -> None:
         self.parts, self.joint, self.batch_size = parts, joint, batch_size
         self.people, self.features = people, features
@@ -118,6 +125,7 @@ class DiffusionStage(Stage):
         self.without_ffrnet = without_ffrnet if joint else 0.0
         self.text_drop, self.background = text_drop, background if joint else 0.0
         self.control_size = control_size
+        self.identity, self.identity_loss, self.phi = identity, identity_loss, phi
         self.masks = head_masks(people, latents.shape[-1])
         self.prompt_ids = token_ids(parts.tokenizer, people.prompts)
         self.rich_ids = token_ids(parts.tokenizer, people.rich)
@@ -152,15 +160,21 @@ class DiffusionStage(Stage):
         size = self.control_size
         scale = size / self.people.size[0]
         control = np.empty((len(rows), size, size, 3), np.uint8)
+        keypoints = np.empty((len(rows), 5, 2), np.float32)
         for i, row in enumerate(rows):
             # half of the drawings are what the predictor gives at use, half are exact
             fitted = self.features.found[row] and rng.random() < 0.5
             points = (self.features.fitted if fitted else self.people.landmarks)[row]
             control[i] = draw(points * scale, (size, size))
+            keypoints[i] = five_points(to_68(points)) * scale
         rich = self.joint & (rng.random(len(rows)) < self.without_ffrnet)
         ids = torch.where(torch.from_numpy(rich & (rng.random(len(rows)) < 0.7))[:, None],
                           self.rich_ids[rows], self.prompt_ids[rows])  # fmt: skip
-        return {
+        known = {}
+        if self.phi is not None:  # the mean of the references' directions
+            directions = torch.from_numpy((self.phi[chosen] * mask[..., None]).sum(1))
+            known = {"keypoints": torch.from_numpy(keypoints), "phi": directions}
+        return known | {
             "latents": torch.from_numpy(self.latents[rows]).float(),
             "mask": torch.from_numpy(self.masks[rows]).float(),
             "ids": ids,
@@ -198,7 +212,7 @@ class DiffusionStage(Stage):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         count = len(latents)
-        text, pooled, tokens, pooled_face = self.conditions(batch)
+        text, pooled, tokens, pooled_face = told = self.conditions(batch)
         # the pipeline gives zeros for an empty negative prompt (force_zeros_for_empty_prompt)
         nothing = torch.zeros_like(text[0]), torch.zeros_like(pooled[0])
         text, pooled = drop_text(text, pooled, *nothing, self.text_drop, generator)
@@ -221,6 +235,17 @@ class DiffusionStage(Stage):
             logs = {
                 f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
             }
+        if self.identity_loss is not None and self.identity.counts(step):
+            some = self.identity.samples
+            part, given = batch_part(batch, some), [x[:some] for x in told]  # with its text, dropped or not
+            far = self.identity_loss(
+                lambda noisy, t: self.predict(noisy, t, part, *given),
+                # drawn last, so that all else is as it is without this loss
+                torch.randn(part["latents"].shape, generator=generator, device=latents.device),
+                part["keypoints"],
+                part["phi"],
+            ).mean()
+            loss, logs["identity"] = loss + self.identity.weight * far, far
         return loss, logs
 
     @torch.no_grad()
@@ -260,6 +285,19 @@ class DiffusionStage(Stage):
             prediction = plain + guidance * (told - plain)
             latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents
+
+
+def phi_of(recogniser: nn.Module, people: People, features: Features, *, few: int = 32) -> np.ndarray:
+    """φ's unit embedding of every picture in which the analyser found a face (N, 512); zeros for the others."""
+    out = np.zeros((len(people), 512), np.float32)
+    rows = np.flatnonzero(features.found)
+    for start in range(0, len(rows), few):
+        some = rows[start : start + few]
+        crops = [align(people.images[int(row)], five_points(features.points68[row])) for row in some]
+        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+        with torch.no_grad():
+            out[some] = nn.functional.normalize(recogniser(pixels).float()).numpy()
+    return out
 
 
 class SheetStage(DiffusionStage):

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 Batch = dict[str, Any]
 OPTIMISERS = ("adamw", "muon", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant")
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage:
@@ -130,7 +130,7 @@ class TrainerConfig:
     ema: float = 0.999
     seed: int = 0
     device: str = "cpu"  # with one process
-    precision: str = "bf16"  # of autocast: or "no", or "fp16" with its scaler (GPU only)
+    precision: str = "bf16"  # of autocast: or "fp32", or "fp16" with its scaler (GPU only)
     log_every: int = 50  # steps
     checkpoint_minutes: float = 4.0
     checkpoint_every: int | None = None  # steps, instead of minutes
@@ -388,7 +388,7 @@ class Trainer:
             keys = bad or keys
         samples = f" (samples {', '.join(map(str, keys))})" if keys else ""
         raise FloatingPointError(
-            f"the loss is {float(loss)} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
+            f"the loss is {loss.item()} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
             f"samples, or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
         )
 
@@ -500,7 +500,11 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         state = self.accelerator.get_state_dict(self.learning)
-        return {name.removeprefix("parts."): value.detach().cpu().contiguous() for name, value in state.items()}
+        # copies: what is in the modules changes when the average goes out of them again
+        return {
+            name.removeprefix("parts."): value.detach().to("cpu", copy=True).contiguous()
+            for name, value in state.items()
+        }
 
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in self.config.out.glob("checkpoint-*") if p.suffix != ".tmp")

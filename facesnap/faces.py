@@ -56,12 +56,15 @@ class Face:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Boxes (N, 4) in the picture's pixels, scores (N,)."""
+class Found:
+    """Boxes (N, 4) in the picture's pixels, scores (N,) of the detector, and which attempt saw them (`Face`)."""
 
     boxes: np.ndarray
     scores: np.ndarray
     by: str
+
+
+NOTHING = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), "nothing")
 
 
 class FaceAnalyser:
@@ -112,11 +115,8 @@ class FaceAnalyser:
         """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.
 
         Raises `InputError` where no face is found, or the largest is under 32 pixels."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        found = next((found for found in self._attempts(bgr) if len(found.boxes)), None)
-        if found is None:
+        found = self.find(image)
+        if not len(found.boxes):
             raise InputError("No face was found in the picture: use one that shows a face from the front, well lit.")
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
         largest = int(sides.prod(axis=1).argmax())
@@ -127,8 +127,22 @@ class FaceAnalyser:
             )
         box = found.boxes[largest]
         if found.by == "haar":
-            box = self._settle(bgr, box)
-        face = InsightFace(bbox=box, det_score=found.scores[largest])
+            box = self._settle(image, box)
+        return self.describe(image, box, float(found.scores[largest]), count=len(found.boxes), found_by=found.by)
+
+    def find(self, image: np.ndarray) -> "Found":
+        """All faces of an RGB uint8 picture (H, W, 3), of any size, Haar's as rough squares; none is no error."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        return next((found for found in self._attempts(bgr) if len(found.boxes)), NOTHING)
+
+    def describe(
+        self, image: np.ndarray, box: np.ndarray, score: float, *, count: int = 1, found_by: str = "detector"
+    ) -> Face:
+        """The face in a box (4,) of an RGB uint8 picture (H, W, 3); the rest is noted as given."""
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        face = InsightFace(bbox=box, det_score=score)
         landmarks = np.asarray(self._models["landmark_3d_68"].get(bgr, face), np.float32)
         # The landmark net looks at the face alone, larger than the detector saw it: its eyes, nose and mouth
         # are twice as exact as the detector's five points, and a recogniser lives on its alignment.
@@ -136,18 +150,18 @@ class FaceAnalyser:
         embedding = self._models["recognition"].get(bgr, face)
         return Face(
             box=box.astype(np.float32),
-            score=float(found.scores[largest]),
+            score=score,
             keypoints=face.kps,
             landmarks=landmarks,
             embedding=np.asarray(embedding, np.float32),
             crop=square_crop(image, box),
             size=(image.shape[0], image.shape[1]),
-            count=len(found.boxes),
-            found_by=found.by,
+            count=count,
+            found_by=found_by,
             image=image,
         )
 
-    def _attempts(self, bgr: np.ndarray) -> Iterator[_Found]:
+    def _attempts(self, bgr: np.ndarray) -> Iterator[Found]:
         """From the likeliest to the last resort; each is computed only if those before it found nothing."""
         longer = max(bgr.shape[:2])
         first = [size for size in self.sizes[:2] if size == self.sizes[0] or longer > size / 2]
@@ -156,11 +170,11 @@ class FaceAnalyser:
         border = longer // 2
         grey = cv2.copyMakeBorder(bgr, *[border] * 4, cv2.BORDER_CONSTANT, value=(127, 127, 127))
         padded = self._detect(grey, list(self.sizes), "padded")
-        yield _Found(padded.boxes - border, padded.scores, "padded")
+        yield Found(padded.boxes - border, padded.scores, "padded")
         boxes = haar(bgr)
-        yield _Found(boxes, np.zeros(len(boxes), np.float32), "haar")
+        yield Found(boxes, np.zeros(len(boxes), np.float32), "haar")
 
-    def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> _Found:
+    def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> Found:
         """All faces seen at several input sizes, without doubles and without those much weaker than the best.
 
         InsightFace shrinks with plain bilinear sampling; shrinking by area first spares small faces the
@@ -177,10 +191,11 @@ class FaceAnalyser:
         row = np.concatenate(rows)
         kept = np.array(detector.nms(row), dtype=int)
         kept = kept[row[kept, 4] >= WEAKEST * row[:, 4].max(initial=0)]
-        return _Found(row[kept, :4], row[kept, 4], by)
+        return Found(row[kept, :4], row[kept, 4], by)
 
-    def _settle(self, bgr: np.ndarray, box: np.ndarray) -> np.ndarray:
+    def _settle(self, image: np.ndarray, box: np.ndarray) -> np.ndarray:
         """From Haar's rough square to a box of our kind: what the landmark net's first answer spans."""
+        bgr = np.ascontiguousarray(image[..., ::-1])
         landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
         return box_around(landmarks)
 

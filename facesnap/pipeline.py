@@ -696,12 +696,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 # ---------------------------------------------------------------------- pictures and arguments
 
 
-def face_pixels(crops: np.ndarray, size: int) -> Tensor:
+def face_pixels(crops: np.ndarray | Tensor, size: int) -> Tensor:
     """Face crops (N, H, W, 3) uint8 → the face encoder's input (N, 3, size, size), normalised as CLIP's."""
-    pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.as_tensor(crops).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-1] != size:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (pixels - mean) / std
 
 

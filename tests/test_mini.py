@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx import load as load_onnx
 from onnx import save as save_onnx
+from tiny import tiny_vae
 
 from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import eye_distance
@@ -17,7 +18,9 @@ from facesnap.training import diffusion, mini
 from facesnap.training.data import load_people
 from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
 from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, save_face_encoder
+from facesnap.training.facenets import RecogniserNet
 from facesnap.training.features import Features, head_masks, make_head_model
+from facesnap.training.identity import IdentityConfig, IdentityLoss
 from facesnap.training.text import encode_text, make_text_encoders, token_ids, train_tokenizer
 from facesnap.training.trainer import Trainer, TrainerConfig
 
@@ -232,3 +235,33 @@ def test_the_shipped_mini_is_small_enough_to_ship() -> None:
     assert sizes, "assets/mini is missing"
     assert max(sizes.values()) < 10_000_000
     assert sum(sizes.values()) < 60_000_000
+
+
+def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else(
+    people, tokenizer, monkeypatch
+) -> None:
+    torch.manual_seed(0)
+    phi = RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)).eval().requires_grad_(False)
+    identity = IdentityConfig("given", steps=2, every=2, samples=3)
+    loss = IdentityLoss(
+        phi, tiny_vae(5, 4), diffusion.make_scheduler().alphas_cumprod, "v_prediction", steps=2, margin=1
+    )
+    options = {"identity": identity, "identity_loss": loss}
+    stages = [make_stage(people, tokenizer, monkeypatch, joint=False, **more) for more in ({}, options)]
+    found = diffusion.phi_of(phi, people, stages[1].features)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
+    stages[1].phi = found
+    logs = []
+    for stage in stages:
+        for block in [*stage.parts.ffrnet.controlnet_down_blocks, stage.parts.ffrnet.controlnet_mid_block]:
+            torch.nn.init.constant_(block.weight, 0.01)
+        batch = stage.batch(np.random.default_rng(0))
+        logs.append([stage.loss(batch, step, torch.Generator().manual_seed(1)) for step in (0, 1)])
+    (plain, _), (also_plain, _) = logs[0]
+    (with_it, told), (skipped, untold) = logs[1]
+    assert torch.equal(skipped, also_plain) and "identity" not in untold
+    torch.testing.assert_close(with_it, plain + 0.5 * told["identity"])
+    stages[1].parts.mixer.zero_grad()
+    told["identity"].backward()
+    assert stages[1].parts.mixer.w_id.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in stages[1].parts.unet.parameters())

@@ -2,7 +2,8 @@
 
 `joint` learns the whole mini from nothing: base UNet, text encoders, mixer and FFRNet together, with FFRNet switched
 off for a share of the samples so that the base stands on its own. `facesnap` is the paper's training: the base is
-frozen, only mixer and FFRNet learn, by the masked loss (equation 3).
+frozen, only mixer and FFRNet learn, by the masked loss (equation 3) and, where a recogniser φ is given, by the identity
+loss (equation 4, identity.py) with the base itself as the few-step branch.
 """
 
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from facesnap.faces import align, five_points
 from facesnap.ffrnet import FFRNet
-from facesnap.landmarks import draw
+from facesnap.landmarks import draw, to_68
 from facesnap.mixer import FacialAttributeMixer
 
 from .data import People
 from .features import Features, head_masks
+from .identity import IdentityConfig, IdentityLoss, batch_part
 from .losses import (
     add_noise,
     capped_snr_weight,
@@ -99,7 +102,7 @@ class DiffusionStage(Stage):
     """Batches of (latents, noise, text, references, drawing) for both stages.
 
     latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly,
-    unless `use_controls` is called.
+    unless `use_controls` is called. With `identity_loss`, phi (N, 512) is what `phi_of` gives.
     """
 
     def __init__(
@@ -116,6 +119,9 @@ class DiffusionStage(Stage):
         text_drop: float = 0.1,
         background: float = 0.5,
         control_size: int = 256,
+        identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)
+        identity_loss: IdentityLoss | None = None,
+        phi: np.ndarray | None = None,
     ) -> None:
         self.parts, self.joint, self.batch_size = parts, joint, batch_size
         self.people, self.features = people, features
@@ -124,6 +130,7 @@ class DiffusionStage(Stage):
         self.without_ffrnet = without_ffrnet if joint else 0.0
         self.text_drop, self.background = text_drop, background if joint else 0.0
         self.control_size = control_size
+        self.identity, self.identity_loss, self.phi = identity, identity_loss, phi
         self.masks = head_masks(people, latents.shape[-1])
         self.prompt_ids = token_ids(parts.tokenizer, people.prompts)
         self.rich_ids = token_ids(parts.tokenizer, people.rich)
@@ -164,7 +171,12 @@ class DiffusionStage(Stage):
         rich = self.joint & (rng.random(len(rows)) < self.without_ffrnet)
         ids = torch.where(torch.from_numpy(rich & (rng.random(len(rows)) < 0.7))[:, None],
                           self.rich_ids[rows], self.prompt_ids[rows])  # fmt: skip
-        return {
+        known = {}
+        if self.phi is not None:  # the mean of the references' directions
+            directions = torch.from_numpy((self.phi[chosen] * mask[..., None]).sum(1))
+            points = [five_points(to_68(self.points(row, own))) for row, own in zip(rows, fitted, strict=True)]
+            known = {"keypoints": torch.from_numpy(np.stack(points).astype(np.float32)), "phi": directions}
+        return known | {
             "latents": torch.from_numpy(self.latents[rows]).float(),
             "mask": torch.from_numpy(self.masks[rows]).float(),
             "ids": ids,
@@ -175,11 +187,15 @@ class DiffusionStage(Stage):
             "ffrnet": torch.from_numpy(~rich),
         }
 
+    def points(self, row: int, fitted: bool = False) -> np.ndarray:
+        """The 72 landmarks (72, 2), exact or as the predictor gives them, in pixels of the control picture."""
+        points = (self.features.fitted if fitted else self.people.landmarks)[row]
+        return points * (self.control_size / self.people.size[0])
+
     def drawing(self, row: int, fitted: bool = False) -> Tensor:
         """(3, H, W) uint8."""
-        points = (self.features.fitted if fitted else self.people.landmarks)[row]
         size = self.control_size
-        return torch.from_numpy(draw(points * (size / self.people.size[0]), (size, size))).permute(2, 0, 1)
+        return torch.from_numpy(draw(self.points(row, fitted), (size, size))).permute(2, 0, 1)
 
     def use_controls(self, controls: np.ndarray) -> None:
         """Freeze FFRNet's embedding of the drawings and take its output from `embed_controls`: half the cost."""
@@ -234,7 +250,7 @@ class DiffusionStage(Stage):
     def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         count = len(latents)
-        text, pooled, tokens, pooled_face = self.conditions(batch)
+        text, pooled, tokens, pooled_face = told = self.conditions(batch)
         # the pipeline gives zeros for an empty negative prompt (force_zeros_for_empty_prompt)
         nothing = torch.zeros_like(text[0]), torch.zeros_like(pooled[0])
         text, pooled = drop_text(text, pooled, *nothing, self.text_drop, generator)
@@ -257,6 +273,17 @@ class DiffusionStage(Stage):
             logs = {
                 f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
             }
+        if self.identity_loss is not None and self.identity.counts(step):
+            some = self.identity.samples
+            part, given = batch_part(batch, some), [x[:some] for x in told]  # with its text, dropped or not
+            far = self.identity_loss(
+                lambda noisy, t: self.predict(noisy, t, part, *given),
+                # drawn last, so that all else is as it is without this loss
+                torch.randn(part["latents"].shape, generator=generator, device=latents.device),
+                part["keypoints"],
+                part["phi"],
+            ).mean()
+            loss, logs["identity"] = loss + self.identity.weight * far, far
         return loss, logs
 
     @torch.no_grad()
@@ -308,6 +335,19 @@ def _embedded(ffrnet: FFRNet) -> Iterator[None]:
         yield
     finally:
         ffrnet.controlnet_cond_embedding = embedding
+
+
+def phi_of(recogniser: nn.Module, people: People, features: Features, *, few: int = 32) -> np.ndarray:
+    """φ's unit embedding of every picture in which the analyser found a face (N, 512); zeros for the others."""
+    out = np.zeros((len(people), 512), np.float32)
+    rows = np.flatnonzero(features.found)
+    for start in range(0, len(rows), few):
+        some = rows[start : start + few]
+        crops = [align(people.images[int(row)], five_points(features.points68[row])) for row in some]
+        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+        with torch.no_grad():
+            out[some] = nn.functional.normalize(recogniser(pixels).float()).numpy()
+    return out
 
 
 class SheetStage(DiffusionStage):

@@ -87,8 +87,9 @@ def masked_diffusion_loss(
     weight: Tensor | None = None,
     background: float = 0.0,
     as_printed: bool = False,
+    each: bool = False,
 ) -> Tensor:
-    """Equation 3, ‖(target − prediction) ⊙ M‖²: the mean over the batch, in float32.
+    """Equation 3, ‖(target − prediction) ⊙ M‖²: the mean over the batch, in float32; (B,) losses with `each`.
 
     `mask` (B, 1, H, W) is 1 on the region of the face, at the size of the picture or of the latents.
     `background` is the M of everything else: 0 as in the paper, small while the base model learns too.
@@ -103,7 +104,8 @@ def masked_diffusion_loss(
     else:
         area = m.square().sum((1, 2, 3))
         loss = torch.where(area > 0, error.sum((1, 2)) / area.clamp(min=1e-12), 0.0)
-    return (loss if weight is None else loss * weight).mean()
+    loss = loss if weight is None else loss * weight
+    return loss if each else loss.mean()
 
 
 def identity_loss(reference: Tensor, generated: Tensor) -> Tensor:

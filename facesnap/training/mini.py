@@ -14,6 +14,7 @@
 | features     | nothing: latents, faces as `faces.py` finds them                | head, vae, face_encoder |
 | joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
+| identity     | the same with the identity loss (not part of --all)             | facesnap, recogniser B |
 | assemble     | nothing: writes the checkpoint folder                           | facesnap               |
 
 Every stage resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a finished
@@ -49,7 +50,8 @@ from facesnap.mixer import FacialAttributeMixer
 from . import face_encoder as clip
 from . import features as feats
 from .data import load_people
-from .diffusion import CONTROL_WIDTHS, Parts, SheetStage, make_mixer, make_scheduler, make_unet
+from .diffusion import CONTROL_WIDTHS, PREDICTION, Parts, SheetStage, make_mixer, make_scheduler, make_unet, phi_of
+from .identity import IdentityConfig, IdentityLoss, load_recogniser
 from .text import make_text_encoders, train_tokenizer
 from .trainer import Trainer, TrainerConfig
 
@@ -59,7 +61,7 @@ TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
 # the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
 SHARES = {"faces": 0.16, "vae": 0.20, "face_encoder": 0.06, "joint": 0.43, "facesnap": 0.15}
-MINUTES = {"faces": 60.0, "vae": 120.0, "face_encoder": 20.0, "joint": 420.0, "facesnap": 90.0}
+MINUTES = {"faces": 60.0, "vae": 120.0, "face_encoder": 20.0, "joint": 420.0, "facesnap": 90.0, "identity": 60.0}
 
 
 HINT = (
@@ -218,24 +220,25 @@ def facesnap(run: Run, minutes: float) -> None:
     _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=1e-3)
 
 
-def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float, embed: bool = True) -> None:
+def identity(run: Run, minutes: float) -> None:
+    """The paper's training with both losses, from where the last stage left off."""
+    start = next(run.work / name for name in ("facesnap", "joint", "start") if (run.work / name / "unet").is_dir())
+    config = IdentityConfig(str(run.work / "faces" / "recogniser_B.onnx"), every=2, samples=16)
+    _diffusion(run, "identity", load_parts(start), minutes, lr=5e-4, identity=config)
+
+
+def _diffusion(
+    run: Run,
+    name: str,
+    parts: Parts,
+    minutes: float,
+    *,
+    lr: float,
+    embed: bool = True,
+    identity: IdentityConfig | None = None,
+) -> None:
     """`embed`: the control pictures' embedding has learned before; it stays frozen and its output is kept."""
-    place = run.work / "features"
-    stage = SheetStage(
-        parts,
-        load_people(run.data),
-        feats.Features.load(place / "faces.npz"),
-        np.load(place / "latents.npy"),
-        np.load(place / "clip.npy"),
-        joint=name == "joint",
-        control_size=SIZE,
-        vae=AutoencoderKL.from_pretrained(run.work / "vae").eval(),
-    )
-    if embed:
-        kept = place / f"controls-{_fingerprint(parts.ffrnet.controlnet_cond_embedding)}.npy"
-        if not kept.exists():
-            _save(kept, stage.embed_controls())
-        stage.use_controls(np.load(kept))
+    stage = diffusion_stage(run, parts, joint=name == "joint", identity=identity, embed=embed)
     trainer = Trainer(
         stage,
         TrainerConfig(
@@ -251,6 +254,35 @@ def _diffusion(run: Run, name: str, parts: Parts, minutes: float, *, lr: float, 
 def _fingerprint(module: nn.Module) -> str:
     weights = b"".join(value.detach().float().numpy().tobytes() for value in module.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:12]
+
+
+def diffusion_stage(
+    run: Run, parts: Parts, *, joint: bool, identity: IdentityConfig | None = None, embed: bool = True
+) -> SheetStage:
+    """The stage over the features that lie in the work folder; `identity` adds equation 4."""
+    place = run.work / "features"
+    known, found = load_people(run.data), feats.Features.load(place / "faces.npz")
+    vae = AutoencoderKL.from_pretrained(run.work / "vae").eval()
+    options: dict = {}
+    if identity is not None and identity.recogniser is not None:
+        phi = load_recogniser(identity.recogniser)
+        cached = place / f"phi-{hashlib.sha256(Path(identity.recogniser).read_bytes()).hexdigest()[:12]}.npy"
+        if not cached.exists():
+            _save(cached, phi_of(phi, known, found))
+        loss = IdentityLoss(
+            phi, vae, make_scheduler().alphas_cumprod, PREDICTION, steps=identity.steps, margin=identity.margin
+        ).to(run.device)
+        options = {"identity": identity, "identity_loss": loss, "phi": np.load(cached)}
+    stage = SheetStage(
+        parts, known, found, np.load(place / "latents.npy"), np.load(place / "clip.npy"), joint=joint,
+        control_size=SIZE, vae=vae, **options,
+    )  # fmt: skip
+    if embed:
+        kept = place / f"controls-{_fingerprint(parts.ffrnet.controlnet_cond_embedding)}.npy"
+        if not kept.exists():
+            _save(kept, stage.embed_controls())
+        stage.use_controls(np.load(kept))
+    return stage
 
 
 def save_parts(parts: Parts, folder: Path) -> None:
@@ -274,7 +306,7 @@ def assemble(run: Run, minutes: float) -> None:
     from facesnap.faces import FaceAnalyser, Recogniser
     from facesnap.pipeline import FaceSnapPipeline, Settings
 
-    last = next(run.work / name for name in ("facesnap", "joint") if (run.work / name / "unet").is_dir())
+    last = next(run.work / name for name in ("identity", "facesnap", "joint") if (run.work / name / "unet").is_dir())
     parts = load_parts(last)
     known = load_people(run.data)
     scorer = run.work / "scorer" / "recogniser.onnx"
@@ -339,7 +371,7 @@ def store_half(path: Path) -> None:
 
 
 ORDER = (people, faces, head, vae, face_encoder, features, joint, facesnap, assemble)
-STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack)}
+STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, identity)}
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -381,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     for name in [stage.__name__ for stage in ORDER] if args.all else [args.stage]:
         started = time.monotonic()
-        STAGES[name](run, run.minutes(name, args.minutes, not args.all) if name in SHARES else 0.0)
+        STAGES[name](run, run.minutes(name, args.minutes, not args.all) if name in MINUTES else 0.0)
         print(f"stage {name}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
 
 

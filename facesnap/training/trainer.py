@@ -1,10 +1,11 @@
 """One trainer for every part that learns.
 
-A `Stage` says what learns, where a batch comes from and what the loss is; the `Trainer` does the rest:
-AdamW or Muon, learning rate, an exponential moving average of the weights (EMA), bfloat16 autocast,
-checkpoints, resuming, a progress line, a JSON-lines log and sample sheets.
+A `Stage` says what learns, where a batch comes from and what the loss is; the `Trainer` does the rest, on
+accelerate: one process or many, AdamW or Muon, learning rate, accumulation and clipping of gradients, an exponential
+moving average of the weights (EMA), autocast, checkpoints, resuming, a progress line, a JSON-lines log and sample
+sheets.
 
-Resuming is exact. A batch is a function of the seed and the step, and so is the noise of the loss: a run
+Resuming is exact. A batch is a function of the seed and its position, and so is the noise of the loss: a run
 that was killed and started again gives the losses of one that was not. In a run with a budget of minutes
 the learning rate follows the share that is spent, which a checkpoint remembers too.
 
@@ -15,6 +16,7 @@ the learning rate follows the share that is spent, which a checkpoint remembers 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import queue
@@ -30,14 +32,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
+OPTIMISERS = ("adamw", "muon", "adamw8bit")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage:
-    """What one stage of the training is. Only `modules`, `batch` and `loss` must be written."""
+    """What one stage of the training is. Only `modules`, `batch` (or `stream`) and `loss` must be written.
+
+    `rank` of `world` processes: set by the trainer before anything else is asked.
+    """
+
+    rank, world = 0, 1
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules that learn, by name; of their parameters, those that require a gradient."""
@@ -48,8 +61,44 @@ class Stage:
         raise NotImplementedError
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and what else to log, under autocast. All noise comes from `generator`."""
+        """The loss and what else to log, under autocast. All noise comes from `generator`.
+
+        With several processes the generator is the same in all of them: what shall differ takes `rank` into account.
+        `each` among what to log, the losses of the samples (B,), is not logged: where one is no number it tells
+        which of the batch's `keys` to name.
+        """
         raise NotImplementedError
+
+    def stream(self, position: int, seed: int) -> Generator[Batch]:
+        """The batches of this process from number `position` on: `batch`, called in a thread, one after the other."""
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=3)
+        stop = threading.Event()
+        own = (self.rank,) if self.world > 1 else ()
+
+        def put(item: Batch | BaseException) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    return ready.put(item, timeout=0.2)
+
+        def prepare(position: int) -> None:
+            try:
+                while not stop.is_set():
+                    put(self.batch(np.random.default_rng((seed, position, *own))))
+                    position += 1
+            except BaseException as error:  # raised again where the batch is asked for
+                put(error)
+
+        thread = threading.Thread(target=prepare, args=(position,), daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
 
     def rates(self) -> dict[str, float]:
         """Learning rates relative to the trainer's, by module name, where they are not 1."""
@@ -67,39 +116,51 @@ class Stage:
 class TrainerConfig:
     out: Path
     steps: int | None = None  # the end, by steps
-    minutes: float | None = None  # or by time spent training, over all resumed parts
-    optimiser: str = "adamw"  # or "muon", for matrices and kernels, and AdamW for the rest
+    minutes: float | None = None  # or by time spent training, over all resumed parts; one process only
+    optimiser: str = "adamw"  # "muon" for matrices and kernels, and AdamW for the rest; "adamw8bit" by bitsandbytes
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-2  # on matrices and kernels only
+    schedule: str = "cosine"  # how the rate falls: or "linear", or "constant"
     warmup: int = 100  # steps
     hold: float = 0.3  # the share of the run after which the rate begins to fall
     floor: float = 0.01  # of the rate, at the end
+    accumulate: int = 1  # batches a step
     clip: float = 1.0  # the norm of the gradient
     ema: float = 0.999
     seed: int = 0
-    device: str = "cpu"
-    bfloat16: bool = True
+    device: str = "cpu"  # with one process
+    precision: str = "bf16"  # of autocast: or "fp32", or "fp16" with its scaler (GPU only)
     log_every: int = 50  # steps
     checkpoint_minutes: float = 4.0
+    checkpoint_every: int | None = None  # steps, instead of minutes
+    keep: int = 1  # checkpoints
     sheet_minutes: float = 5.0
+    sheet_every: int | None = None  # steps, instead of minutes; 0: never
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("a run needs an end: give steps or minutes")
-        if self.optimiser not in ("adamw", "muon"):
-            raise ValueError(f"optimiser {self.optimiser!r} is not known; choose adamw or muon")
+        for what, value, known in (
+            ("optimiser", self.optimiser, OPTIMISERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{what} {value!r} is not known; choose {', '.join(known)}")
+        if self.accumulate < 1 or self.keep < 1:
+            raise ValueError("accumulate and keep must be at least 1")
 
 
 def rate(config: TrainerConfig, step: int, share: float) -> float:
-    """The learning rate: linear warm-up by steps, then flat, then a cosine over the rest of the run.
+    """The learning rate: linear warm-up by steps, then flat, then a cosine (or a line) over the rest of the run.
 
     `share` in [0, 1] is how much of the run is spent.
     """
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    fall = max(0.0, share - config.hold) / max(1 - config.hold, 1e-9)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * min(fall, 1.0))
-    return config.lr * warm * (config.floor + (1 - config.floor) * cosine)
+    fall = min(max(0.0, share - config.hold) / max(1 - config.hold, 1e-9), 1.0)
+    height = {"cosine": 0.5 + 0.5 * math.cos(math.pi * fall), "linear": 1 - fall, "constant": 1.0}[config.schedule]
+    return config.lr * warm * (config.floor + (1 - config.floor) * height)
 
 
 class Average:
@@ -113,12 +174,13 @@ class Average:
         self.parameters = parameters
         self.decay = decay
         self.updates = 0
-        self.values = [p.detach().clone() for p in parameters]
+        # in single precision: what a step adds is lost in the rounding of anything less
+        self.values = [p.detach().float().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.values, [p.detach().float() for p in self.parameters], 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
@@ -176,28 +238,44 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 8
 
 
+class _Loss(nn.Module):
+    """The stage's loss as one module's forward, which holds all that learns: what DDP, FSDP and DeepSpeed wrap."""
+
+    def __init__(self, stage: Stage, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.parts = nn.ModuleDict(modules)
+
+    def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.stage.loss(batch, step, generator)
+
+
 class Trainer:
-    def __init__(self, stage: Stage, config: TrainerConfig) -> None:
+    """`accelerator`: made with the config's accumulation (`make_accelerator`) where None is given."""
+
+    def __init__(self, stage: Stage, config: TrainerConfig, accelerator: Accelerator | None = None) -> None:
         self.stage = stage
         self.config = config
-        self.device = torch.device(config.device)
+        self.accelerator = accelerator or make_accelerator(config)
+        self.device = self.accelerator.device
+        stage.rank, stage.world = self.accelerator.process_index, self.accelerator.num_processes
+        if stage.world > 1 and (config.steps is None or config.checkpoint_every is None or config.sheet_every is None):
+            raise ValueError("processes do not share a clock: give steps, checkpoint_every and sheet_every")
+        # these two keep parts of the state in every process
+        self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.modules = stage.modules()
-        self.names: list[str] = []  # "module.parameter" of each parameter that learns
-        self.parameters: list[nn.Parameter] = []
         groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
         rates = stage.rates()
         for module_name, module in self.modules.items():
             module.to(self.device)
-            for name, parameter in module.named_parameters():
+            for parameter in module.parameters():
                 if parameter.requires_grad:
-                    self.names.append(f"{module_name}.{name}")
-                    self.parameters.append(parameter)
                     is_matrix = config.optimiser == "muon" and _is_matrix(parameter)
                     decay = config.weight_decay if parameter.ndim >= 2 else 0.0
                     groups[is_matrix, rates.get(module_name, 1.0), decay].append(parameter)
-        kinds = {True: Muon, False: torch.optim.AdamW}
+        kinds = {True: Muon, False: _adamw(config.optimiser)}
         options: dict[bool, dict[str, Any]] = {True: {}, False: {"betas": config.betas}}
-        self.optimisers: list[torch.optim.Optimizer] = [
+        optimisers = [
             kinds[kind](
                 [
                     {"params": parameters, "weight_decay": decay, "scale": scale}
@@ -209,6 +287,11 @@ class Trainer:
             )
             for kind in sorted({key[0] for key in groups})
         ]
+        self.learning, *self.optimisers = self.accelerator.prepare(_Loss(stage, self.modules), *optimisers)
+        inner = self.accelerator.unwrap_model(self.learning, keep_torch_compile=False)
+        named = [(name.removeprefix("parts."), p) for name, p in inner.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]  # "module.parameter" of each parameter that learns
+        self.parameters = [parameter for _, parameter in named]
         self.average = Average(self.parameters, config.ema)
         self.step = 0
         self.spent = 0.0  # seconds of training
@@ -237,54 +320,77 @@ class Trainer:
         sheet_at = self.spent + min(config.sheet_minutes, 1.0) * 60  # the first one soon: it shows mistakes
         started, started_step = self.spent, self.step
         sums: dict[str, Tensor | float] = defaultdict(float)
-        count = 0
+        counts: dict[str, int] = defaultdict(int)  # not every step has every figure
         with contextlib.closing(self._batches()) as batches:
             while self.share < 1:
                 begun = time.perf_counter()
-                logs = self.update(next(batches))
+                logs = self.update(*itertools.islice(batches, config.accumulate))
                 self.spent += time.perf_counter() - begun
                 for key, value in logs.items():
                     sums[key] = sums[key] + value
-                count += 1
+                    counts[key] += 1
                 ends = self.share >= 1
-                if count == config.log_every or ends:
+                if counts["loss"] == config.log_every or ends:
                     speed = (self.step - started_step) / max(self.spent - started, 1e-9)
-                    self._log({key: float(value) / count for key, value in sums.items()}, speed)
+                    self._log({key: float(value) / counts[key] for key, value in sums.items()}, speed)
                     sums.clear()
-                    count = 0
-                if self.spent >= sheet_at or ends:
+                    counts.clear()
+                if _due(config.sheet_every, self.step, self.spent >= sheet_at, ends):
                     sheet_at = self.spent + config.sheet_minutes * 60
                     self._sheet()
-                if self.spent >= checkpoint_at or ends:
+                if _due(config.checkpoint_every, self.step, self.spent >= checkpoint_at, ends):
                     checkpoint_at = self.spent + config.checkpoint_minutes * 60
                     self.checkpoint()
                     self.stage.refresh()
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of the optimiser; returns what to log."""
-        config = self.config
+    def update(self, *batches: Batch) -> dict[str, Tensor]:
+        """One step of the optimiser, on as many batches as are accumulated; returns what to log.
+
+        Raises FloatingPointError, before any weight is changed, where a loss is no number.
+        """
+        config, accelerator = self.config, self.accelerator
         learning_rate = rate(config, self.step, self.share)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * group["scale"]
-        batch = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
-        seed = _seed(config.seed, self.step)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        torch.manual_seed(seed)  # for modules that draw from the global generator (dropout)
-        with self._autocast():
-            loss, logs = self.stage.loss(batch, self.step, generator)
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        sums: dict[str, Tensor] = {}
+        norm: Tensor | None = None
+        for k, batch in enumerate(batches):
+            batch = {
+                key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            seed = _seed(config.seed, self.step * len(batches) + k)
+            generator = torch.Generator(self.device).manual_seed(seed)
+            torch.manual_seed(seed + self.stage.rank)  # for modules that draw from the global generator (dropout)
+            with accelerator.accumulate(self.learning):
+                with self._autocast():
+                    loss, logs = self.learning(batch, self.step, generator)
+                self._check(loss, batch, logs.pop("each", None))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.clip)
+                for optimiser in self.optimisers:
+                    optimiser.step()
+                    optimiser.zero_grad()
+            for key, value in {"loss": loss, **logs}.items():
+                sums[key] = sums.get(key, 0.0) + value.detach() / len(batches)
         self.average.update()
         self.step += 1
-        return {"loss": loss.detach(), "norm": norm.detach()} | {k: v.detach() for k, v in logs.items()}
+        return sums | ({} if norm is None else {"norm": torch.as_tensor(norm).detach()})
+
+    def _check(self, loss: Tensor, batch: Batch, each: Tensor | None) -> None:
+        if torch.isfinite(loss):
+            return
+        keys = list(batch.get("keys", []))
+        if each is not None and keys:
+            bad = [key for key, fine in zip(keys, torch.isfinite(each).tolist(), strict=True) if not fine]
+            keys = bad or keys
+        samples = f" (samples {', '.join(map(str, keys))})" if keys else ""
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
+            f"samples, or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
+        )
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -296,50 +402,23 @@ class Trainer:
             self.average.swap()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        dtype = PRECISIONS[self.config.precision]
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _batches(self) -> Generator[Batch]:
-        """Batches from this step on, prepared one after the other in a thread."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=3)
-        stop = threading.Event()
-
-        def put(item: Batch | BaseException) -> None:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    return ready.put(item, timeout=0.2)
-
-        def prepare(step: int) -> None:
-            try:
-                while not stop.is_set():
-                    put(self.stage.batch(np.random.default_rng((self.config.seed, step))))
-                    step += 1
-            except BaseException as error:  # raised again where the batch is asked for
-                put(error)
-
-        thread = threading.Thread(target=prepare, args=(self.step,), daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        """Batches from this step on."""
+        return self.stage.stream(self.step * self.config.accumulate, self.config.seed)
 
     # ---- what it leaves behind -----------------------------------------------------------------------------
 
     def _log(self, means: dict[str, float], speed: float) -> None:
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {self.step}: lower the learning rate "
-                f"({self.config.lr}) and start again from the last checkpoint"
-            )
+        if not self.accelerator.is_main_process:
+            return
         share = self.share
         eta = self.spent / share - self.spent if share > 0 else math.nan
         line = {"step": self.step, "minutes": self.spent / 60, "lr": rate(self.config, self.step, share)}
         self._append(line | means | {"steps_per_second": speed})
+        self.accelerator.log(means | {"lr": line["lr"], "steps_per_second": speed}, step=self.step)
         figures = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
         print(
             f"step {self.step}  {share:4.0%}  {figures}  {speed:.2f} steps/s  {eta / 60:.1f} min to go",
@@ -352,68 +431,124 @@ class Trainer:
             file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
     def _sheet(self) -> None:
-        with self.averaged(), self._autocast():
-            for module in self.modules.values():
-                module.eval()
-            figures = self.stage.sample_sheet(self.config.out / "sheet.png")
-            for module in self.modules.values():
-                module.train()
-        if figures:
-            self._append({"step": self.step, "minutes": self.spent / 60} | figures)
-            print("  ".join(f"{key} {value:.4g}" for key, value in figures.items()), file=sys.stderr, flush=True)
+        # with FSDP one process cannot run a module alone
+        if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
+            with self.averaged(), self._autocast():
+                for module in self.modules.values():
+                    module.eval()
+                figures = self.stage.sample_sheet(self.config.out / "sheet.png")
+                for module in self.modules.values():
+                    module.train()
+            if figures:
+                self._append({"step": self.step, "minutes": self.spent / 60} | figures)
+                self.accelerator.log(figures, step=self.step)
+                print("  ".join(f"{key} {value:.4g}" for key, value in figures.items()), file=sys.stderr, flush=True)
+        self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Path:
-        """Write `checkpoint-<step>`, whole or not at all, and delete the ones before it.
+        """Write `checkpoint-<step>`, whole or not at all, and delete all but the last `keep`.
 
         `weights.safetensors` are the weights, `average.safetensors` their EMA (both with all parameters and
-        buffers of the modules, named `module.parameter`), `state.pt` the optimiser's state and the counters.
+        buffers of the modules, named `module.parameter`), `state.pt` the optimiser's state and the counters; with
+        FSDP or DeepSpeed the former is in `sharded/`, as accelerate writes it.
+
+        Raises OSError where it cannot be written (a full disk); the checkpoint before it is still there.
         """
         place = self.config.out / f"checkpoint-{self.step:08d}"
         draft = place.with_suffix(".tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        save_file(self._weights(), draft / "weights.safetensors")
-        with self.averaged():
-            save_file(self._weights(), draft / "average.safetensors")
-        state = {
-            "step": self.step,
-            "spent": self.spent,
-            "updates": self.average.updates,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-        }
-        torch.save(state, draft / "state.pt")
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
-        for old in self.config.out.glob("checkpoint-*"):
-            if old != place:
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write(draft)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            shutil.rmtree(draft, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written to {self.config.out} ({error}); the one "
+                "before it is whole: make room on the disk and start again"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+            for old in self._checkpoints()[: -self.config.keep]:
                 shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
         return place
 
+    def _write(self, draft: Path) -> None:
+        main, rank = self.accelerator.is_main_process, self.stage.rank
+        weights = self._weights()
+        if main:
+            save_file(weights, draft / "weights.safetensors")
+        with self.averaged():
+            weights = self._weights()
+        if main:
+            save_file(weights, draft / "average.safetensors")
+        state: dict[str, Any] = {"step": self.step, "spent": self.spent, "updates": self.average.updates}
+        if self.sharded:
+            self.accelerator.save_state(str(draft / "sharded"))
+            torch.save(self.average.values, draft / f"average-{rank}.pt")
+        else:
+            state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+        if main:
+            torch.save(state, draft / "state.pt")
+
     def _weights(self) -> dict[str, Tensor]:
+        state = self.accelerator.get_state_dict(self.learning)
+        # copies: what is in the modules changes when the average goes out of them again
         return {
-            f"{module_name}.{name}": value.detach().cpu().contiguous()
-            for module_name, module in self.modules.items()
-            for name, value in module.state_dict().items()
+            name.removeprefix("parts."): value.detach().to("cpu", copy=True).contiguous()
+            for name, value in state.items()
         }
 
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in self.config.out.glob("checkpoint-*") if p.suffix != ".tmp")
+
     def resume(self) -> bool:
-        """Go back to the last whole checkpoint in the folder, if there is one. Called by the constructor."""
-        places = sorted(p for p in self.config.out.glob("checkpoint-*") if p.suffix != ".tmp")
+        """Go back to the last whole checkpoint in the folder, if there is one. Called by the constructor.
+
+        Raises ValueError where the checkpoint is of another architecture.
+        """
+        places = self._checkpoints()
         if not places:
             return False
-        weights = load_file(places[-1] / "weights.safetensors")
-        average = load_file(places[-1] / "average.safetensors")
-        for module_name, module in self.modules.items():
-            own = f"{module_name}."
-            module.load_state_dict({k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)})
-        for name, value in zip(self.names, self.average.values, strict=True):
-            value.copy_(average[name])
-        state = torch.load(places[-1] / "state.pt", map_location="cpu", weights_only=True)
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
+        place = places[-1]
+        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        if self.sharded:
+            self.accelerator.load_state(str(place / "sharded"))
+            averages = torch.load(place / f"average-{self.stage.rank}.pt", map_location="cpu", weights_only=True)
+        else:
+            weights, average = load_file(place / "weights.safetensors"), load_file(place / "average.safetensors")
+            self._check_architecture(place, weights)
+            for module_name, module in self.modules.items():
+                own = f"{module_name}."
+                module.load_state_dict({k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)})
+            averages = [average[name] for name in self.names]
+            for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(kept)
+            if self.accelerator.scaler is not None and "scaler" in state:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        for value, kept in zip(self.average.values, averages, strict=True):
+            value.copy_(kept)
         self.step, self.spent, self.average.updates = state["step"], state["spent"], state["updates"]
-        self._forget_log_after(self.step)
+        if self.accelerator.is_main_process:
+            self._forget_log_after(self.step)
         return True
+
+    def _check_architecture(self, place: Path, found: dict[str, Tensor]) -> None:
+        wanted = {f"{n}.{k}": tuple(v.shape) for n, m in self.modules.items() for k, v in m.state_dict().items()}
+        there = {name: tuple(value.shape) for name, value in found.items()}
+        for name in sorted(wanted.keys() | there.keys()):
+            if wanted.get(name) != there.get(name):
+                raise ValueError(
+                    f"{place} is a checkpoint of another architecture ({name} is {there.get(name, 'absent')} there, "
+                    f"{wanted.get(name, 'absent')} here): give another folder for this run, or the model it was made of"
+                )
 
     def _forget_log_after(self, step: int) -> None:
         """Steps that will be made again will be logged again."""
@@ -421,6 +556,37 @@ class Trainer:
             lines = self.log_path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.log_path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def make_accelerator(config: TrainerConfig, **options: Any) -> Accelerator:
+    """An accelerator for a run: that of `accelerate launch`, or of this one process.
+
+    bf16 is autocast by the trainer itself; accelerate keeps what needs a scaler (fp16), and what a DeepSpeed or FSDP
+    configuration names.
+    """
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="fp16" if config.precision == "fp16" else None,
+        gradient_accumulation_steps=config.accumulate,
+        **options,
+    )
+
+
+def _adamw(name: str) -> Any:
+    if name != "adamw8bit":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optimiser adamw8bit needs the package bitsandbytes: install it, or choose adamw") from error
+    return AdamW8bit
+
+
+def _due(every: int | None, step: int, by_time: bool, ends: bool) -> bool:
+    """Whether something that happens every so many steps, or every so many minutes, happens now; it does at the end."""
+    if every is None:
+        return by_time or ends
+    return every > 0 and (step % every == 0 or ends)
 
 
 def _seed(seed: int, step: int) -> int:

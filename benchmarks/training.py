@@ -1,0 +1,355 @@
+"""What training costs: our step against diffusers' own ControlNet step, and the identity loss's memory by its steps.
+
+    python benchmarks/training.py --model assets/mini --out training.json        # some minutes on one core, no GPU
+
+Three tables:
+
+1. Seconds a sample of `facesnap.training` (without the identity loss) and of a ControlNet-SDXL step as diffusers'
+   train_controlnet_sdxl.py makes it, at equal sizes, taking turns in one process: the base, the VAE and the pictures
+   are the same, texts are encoded beforehand in both, both clip and run AdamW. Goal: 1.15 ×.
+2. The same two steps at SDXL's size, in floating-point operations counted on fake tensors, which have no content.
+3. Peak bytes of all tensors that live while the identity loss is computed and differentiated, those of weights,
+   gradients and optimiser left out, for 1, 2, 4 and 8 steps of its branch: for real on the small model, on fake tensors
+   at SDXL's size. Goal: 8 steps take at most 1.15 × the memory of 1.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from facesnap.evaluation.report import commit, machine
+from facesnap.ffrnet import FFRNet, attach
+from facesnap.mixer import FacialAttributeMixer
+from facesnap.pipeline import FaceSnapPipeline
+from facesnap.training.identity import Block, IdentityLoss, IResNet
+from facesnap.training.losses import add_noise, diffusion_target
+from facesnap.training.portraits import Cache, PortraitStage
+from facesnap.training.trainer import Batch, Trainer, TrainerConfig
+
+STEPS = (1, 2, 4, 8)
+FACE = np.array([[0.38, 0.40], [0.62, 0.40], [0.50, 0.52], [0.41, 0.64], [0.59, 0.64]])  # of a picture's side
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operations made and nobody has let go of, and their peak.
+
+    `known`: tensors that were there before and are not to count (weights, their gradients).
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.count(leaf.untyped_storage())
+        return out
+
+    def count(self, storage) -> None:
+        if storage in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, size)
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+# ------------------------------------------------------------------------------------------------ 1. time
+
+
+def batches(size: int, count: int) -> Iterator[Batch]:
+    """Batches of noise, in the form of `photos.PhotoShards`."""
+    rng = np.random.default_rng(0)
+
+    def picture(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+
+    while True:
+        yield {
+            "pixels": picture(count, 3, size, size),
+            "mask": torch.full((count, 1, size, size), 255, dtype=torch.uint8),
+            "control": picture(count, 3, size, size),
+            "time_ids": torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(count, -1),
+            "captions": ["a photo of a person in a red shirt, plain background"] * count,
+            "drop_text": torch.zeros(count, dtype=torch.bool),
+            "drop_face": torch.zeros(count, dtype=torch.bool),
+            "embeddings": torch.from_numpy(rng.standard_normal((count, 1, 512)).astype(np.float32)),
+            "crops": picture(count, 1, 224, 224, 3),
+            "reference_mask": torch.ones(count, 1, dtype=torch.bool),
+        }
+
+
+def our_step(model: str, out: Path) -> Callable[[Batch], None]:
+    """One step of the trainer, as `facesnap.training.train` makes it."""
+    stage = PortraitStage(FaceSnapPipeline.from_pretrained(model), lambda *_: (), text_cache=Cache(out / "texts"))
+    trainer = Trainer(stage, TrainerConfig(out, steps=10**6, precision="fp32"))
+    return lambda batch: trainer.update(batch)
+
+
+def their_step(model: str) -> Callable[[Batch], None]:
+    """One step of diffusers' examples/controlnet/train_controlnet_sdxl.py, in its order."""
+    pipe = FaceSnapPipeline.from_pretrained(model)
+    unet, vae = pipe.unet.requires_grad_(False), pipe.vae.requires_grad_(False)
+    widths = pipe.ffrnet.config.conditioning_embedding_out_channels
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).train()
+    optimiser = torch.optim.AdamW(controlnet.parameters(), lr=1e-5)
+    alphas = pipe.scheduler.alphas_cumprod
+    texts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def step(batch: Batch) -> None:
+        key = batch["captions"][0]
+        if key not in texts:
+            with torch.no_grad():
+                text, _, pooled, _ = pipe.encode_prompt(batch["captions"], do_classifier_free_guidance=False)
+            texts[key] = text, pooled
+        text, pooled = texts[key]
+        with torch.no_grad():
+            pixels = batch["pixels"].float() / 127.5 - 1
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, len(alphas), (len(latents),))
+        noisy = add_noise(latents, noise, alphas[timesteps])
+        added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+        control = batch["control"].float() / 255
+        down, mid = controlnet(
+            noisy, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, controlnet_cond=control,
+            return_dict=False,
+        )  # fmt: skip
+        prediction = unet(
+            noisy, timesteps, encoder_hidden_states=text, added_cond_kwargs=added,
+            down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False,
+        )[0]  # fmt: skip
+        target = diffusion_target(pipe.scheduler.config.prediction_type, latents, noise, alphas[timesteps])
+        F.mse_loss(prediction.float(), target.float()).backward()
+        nn.utils.clip_grad_norm_(controlnet.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def speed(model: str, count: int, rounds: int, size: int) -> dict:
+    """Seconds a sample of both, by the processor's clock (others may use this machine) and by the wall's."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"facesnap": our_step(model, Path(folder)), "diffusers_controlnet": their_step(model)}
+        source = batches(size, count)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for turn in range(rounds + 1):
+            batch = next(source)
+            for name in sides if turn % 2 else reversed(sides):
+                wall, cpu = time.perf_counter(), time.process_time()
+                sides[name](batch)
+                if turn:  # the first turn warms up
+                    times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    medians = {n: [statistics.median(t[k] for t in pairs) / count for k in (0, 1)] for n, pairs in times.items()}
+    ours, theirs = medians["facesnap"], medians["diffusers_controlnet"]
+    return {
+        "batch": count,
+        "size": size,
+        "rounds": rounds,
+        "cpu_seconds_a_sample": {name: value[0] for name, value in medians.items()},
+        "wall_seconds_a_sample": {name: value[1] for name, value in medians.items()},
+        "ratio_cpu": ours[0] / theirs[0],
+        "ratio_wall": ours[1] / theirs[1],
+    }
+
+
+# ------------------------------------------------------------------------------------------- 2. operations
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def sdxl_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def iresnet50() -> IResNet:
+    """w600k_r50's form, with random weights."""
+
+    def conv(inner: int, outer: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+        return nn.Conv2d(inner, outer, size, stride, size // 2)
+
+    blocks, inner = [], 64
+    for outer, depth in ((64, 3), (128, 4), (256, 14), (512, 3)):
+        for k in range(depth):
+            stride = 2 if k == 0 else 1
+            shortcut = conv(inner, outer, 1, stride) if k == 0 else nn.Identity()
+            parts = nn.BatchNorm2d(inner), conv(inner, outer), nn.PReLU(outer), conv(outer, outer, 3, stride)
+            blocks.append(Block(*parts, shortcut))
+            inner = outer
+    head = nn.Sequential(nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 49, 512), nn.BatchNorm1d(512))
+    return IResNet(nn.Sequential(conv(3, 64), nn.PReLU(64)), blocks, head)
+
+
+def operations() -> dict:
+    """Floating-point operations of one sample's step at SDXL's size: forward and backward, without the encoders that
+    both share (VAE) or that may be cached (texts). CLIP ViT-H is counted by its formula: 24·n·d² + 4·n²·d a layer."""
+    with FakeTensorMode():
+        unet = sdxl_unet()
+        noisy, t = torch.zeros(1, 4, 128, 128), torch.zeros(1, dtype=torch.long)
+        text, ids, control = torch.zeros(1, 77, 2048), torch.zeros(1, 6), torch.zeros(1, 3, 1024, 1024)
+        added = {"text_embeds": torch.zeros(1, 1280), "time_ids": ids}
+
+        def theirs() -> None:
+            down, mid = controlnet(noisy, t, text, control, added_cond_kwargs=added, return_dict=False)
+            unet(
+                noisy, t, text, added_cond_kwargs=added, down_block_additional_residuals=down,
+                mid_block_additional_residual=mid, return_dict=False,
+            )[0].square().mean().backward()  # fmt: skip
+
+        def ours() -> None:
+            mixed = mixer(torch.zeros(1, 1, 512), torch.zeros(1, 1, 257, 1280))
+            with attach(unet, ffrnet, tokens=mixed.tokens, pooled=mixed.pooled, control=control):
+                unet(noisy, t, text, added_cond_kwargs=added, return_dict=False)[0].square().mean().backward()
+
+        counted = {}
+        controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        with FlopCounterMode(display=False) as counter:
+            theirs()
+        counted["diffusers_controlnet"] = counter.get_total_flops()
+        mixer, ffrnet = FacialAttributeMixer(), FFRNet.from_unet(unet, load_weights_from_unet=False)
+        with FlopCounterMode(display=False) as counter:
+            ours()
+        counted["facesnap"] = counter.get_total_flops() + 31 * (24 * 257 * 1280**2 + 4 * 257**2 * 1280)
+    ratio = counted["facesnap"] / counted["diffusers_controlnet"]
+    return {"tflop_a_sample": {name: value / 1e12 for name, value in counted.items()}, "ratio": ratio}
+
+
+# ------------------------------------------------------------------------------------------------ 3. memory
+
+
+def peaks(loss: IdentityLoss, unet, ffrnet, tokens: Tensor, pooled: Tensor, side: int, *, dtype=None) -> dict[int, int]:
+    """{steps: peak bytes} of the identity loss, forward and backward, for one sample of side² pixels."""
+    grid, channels = side // loss.factor, unet.config.in_channels
+    noise, control = torch.zeros(1, channels, grid, grid) + 0.1, torch.zeros(1, 3, side, side)
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    added = {
+        "text_embeds": torch.zeros(1, width, dtype=unet.dtype),
+        "time_ids": torch.tensor([[side, side, 0, 0, side, side]], dtype=unet.dtype),
+    }
+
+    def predict(noisy: Tensor, t: Tensor) -> Tensor:
+        with attach(unet, ffrnet, tokens=tokens, pooled=pooled, control=control):
+            return unet(noisy.to(unet.dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
+
+    learning = [tokens, pooled, *ffrnet.parameters()]
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    modules = (unet, ffrnet, loss.vae, loss.recogniser)
+    known = [*learning, *(p.grad for p in learning), *(p for m in modules for p in m.parameters())]
+    known += [b for m in modules for b in m.buffers()]
+    autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+    found = {}
+    for steps in STEPS:
+        loss.steps = steps
+        with LiveBytes(known) as live:
+            with autocast:
+                value = loss(predict, noise, FACE[None] * side, torch.ones(1, 512)).mean()
+            value.backward()
+        del value
+        found[steps] = live.peak
+    return found
+
+
+def small_peaks(model: str) -> dict[int, int]:
+    """For real, on the small model, in float32."""
+    pipe = FaceSnapPipeline.from_pretrained(model)
+    phi = iresnet50().requires_grad_(False)
+    alphas, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
+    tokens = torch.randn(1, 16, pipe.mixer.config.token_dim, requires_grad=True)
+    pooled = torch.randn(1, pipe.mixer.config.pooled_dim, requires_grad=True)
+    loss = IdentityLoss(phi, pipe.vae, alphas, kind)
+    return peaks(loss, pipe.unet.requires_grad_(False), pipe.ffrnet, tokens, pooled, pipe.settings.size)
+
+
+def sdxl_peaks() -> dict[int, int]:
+    """At SDXL's size and 1024², frozen weights in bfloat16, the rest by autocast, gradient checkpointing on."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = sdxl_unet()
+        ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
+        unet.to(torch.bfloat16)
+        loss = IdentityLoss(iresnet50(), sdxl_vae().to(torch.bfloat16), torch.linspace(0.999, 0.005, 1000), "epsilon")
+        for module in (unet, ffrnet, loss.vae):
+            module.enable_gradient_checkpointing()
+        tokens, pooled = torch.zeros(1, 16, 2048, requires_grad=True), torch.zeros(1, 1280, requires_grad=True)
+        return peaks(loss, unet, ffrnet, tokens, pooled, 1024, dtype=torch.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/mini", help="the small FaceSnap folder")
+    parser.add_argument("--out", type=Path, help="a JSON file of all figures")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", choices=("speed", "operations", "memory"), nargs="+")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = args.only or ("speed", "operations", "memory")
+    found: dict = {"command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]), "commit": commit()}
+    found |= {"machine": machine(), "torch": torch.__version__}
+    if "speed" in wanted:
+        size = FaceSnapPipeline.from_pretrained(args.model).settings.size
+        found["speed"] = told = speed(args.model, args.batch, args.rounds, size)
+        print(f"one training step without the identity loss, batch {args.batch}, {size}²")
+        for name, value in told["cpu_seconds_a_sample"].items():
+            wall = told["wall_seconds_a_sample"][name]
+            print(f"  {name:22} {value:8.4f} s of a core a sample, {wall:.4f} s by the wall")
+        print(f"  ratio {told['ratio_cpu']:.3f} (wall {told['ratio_wall']:.3f}), goal 1.15", flush=True)
+    if "operations" in wanted:
+        found["operations"] = told = operations()
+        print("the same at SDXL's size, 1024², counted")
+        for name, value in told["tflop_a_sample"].items():
+            print(f"  {name:22} {value:8.2f} TFLOP a sample")
+        print(f"  ratio {told['ratio']:.3f}", flush=True)
+    if "memory" in wanted:
+        found["memory"] = {}
+        print("peak bytes of the identity loss, without weights, gradients and optimiser")
+        for name, measure in (("small", lambda: small_peaks(args.model)), ("sdxl_fake", sdxl_peaks)):
+            told = measure()
+            ratio = told[STEPS[-1]] / told[STEPS[0]]
+            found["memory"][name] = {"bytes": told, "ratio_8_to_1": ratio}
+            row = "  ".join(f"{steps}: {value / 1e6:,.1f} MB" for steps, value in told.items())
+            print(f"  {name:10} {row}   8 steps / 1 step {ratio:.3f}, goal 1.15", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""The identity loss, equation 4: 1 − cos(φ(reference), φ(what a few steps make of pure noise)).
+
+φ is a face recogniser that is used for nothing else (design: recogniser B; for photographs buffalo_l's
+`w600k_r50`). It comes as an ONNX file, which has no gradient: `IResNet.from_onnx` reads it into a torch net.
+The gradient runs from φ through a differentiable ArcFace crop by the known landmarks, the VAE's decoder and every
+step of the few-step ("lightning") branch, through frozen weights, to the face tokens and FFRNet.
+
+Memory does not grow with the number of steps: each step is checkpointed, so one step's activations exist at a time,
+and between the steps only their latents are kept. Of the latents, the window around the face alone is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from insightface.utils.face_align import arcface_dst
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .losses import predicted_latents
+
+FACE = 112  # side of a recogniser's crop, pixels
+Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents (B, C, h, w), timesteps (B,) → the model's prediction
+
+# ---------------------------------------------------------------------------------------------- recogniser
+
+
+class Block(nn.Module):
+    """BatchNorm, conv, PReLU, conv (which may stride), around a shortcut; what normalised the convolutions'
+    outputs is part of their weights."""
+
+    def __init__(self, norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module, shortcut: nn.Module):
+        super().__init__()
+        self.norm, self.first, self.act, self.second, self.shortcut = norm, first, act, second, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.act(self.first(self.norm(x)))) + self.shortcut(x)
+
+
+class IResNet(nn.Module):
+    """ArcFace's IResNet (Deng et al., 2019; the 50-layer one has 3, 4, 14, 3 blocks), frozen, differentiable in its
+    input: crops (B, 3, 112, 112) in [−1, 1] → embeddings (B, 512), not normalised.
+
+    `mirror`: the embedding is the mean of the crop's and of its mirror image's, as in the mini's recognisers.
+    """
+
+    def __init__(self, stem: nn.Sequential, blocks: Sequence[Block], head: nn.Sequential, *, mirror: bool = False):
+        super().__init__()
+        self.stem, self.blocks, self.head, self.mirror = stem, nn.Sequential(*blocks), head, mirror
+        self.eval().requires_grad_(False)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        if not self.mirror:
+            return self.head(self.blocks(self.stem(crops)))
+        one, mirrored = self.head(self.blocks(self.stem(torch.cat([crops, crops.flip(3)])))).chunk(2)
+        return (one + mirrored) / 2
+
+    @classmethod
+    def from_onnx(cls, path: str | Path) -> IResNet:
+        """Read a recogniser from an ONNX file in the layout that torch's exporter gives an IResNet.
+
+        The result is compared with ONNX Runtime on a crop before it is returned. Raises ValueError where the file
+        cannot be read, has another layout, or answers otherwise than our reading of it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"there is no recogniser at {path}: give the path of its ONNX file")
+        try:
+            graph = onnx.load(path).graph
+            net = _read(graph)
+        except Exception as error:  # protobuf's own errors, and whatever a graph of another kind trips over
+            raise ValueError(
+                f"{path.name} is no IResNet in ArcFace's layout ({type(error).__name__}: {error}): give a recogniser "
+                "such as w600k_r50.onnx or the mini's recogniser_B.onnx"
+            ) from error
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        crop = np.random.default_rng(0).uniform(-1, 1, (1, 3, FACE, FACE)).astype(np.float32)
+        told = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: crop})[0])
+        with torch.no_grad():
+            ours = net(torch.from_numpy(crop))
+        apart = float((F.normalize(ours) - F.normalize(told)).abs().max())
+        if not apart < 1e-4:
+            raise ValueError(f"{path.name} was misread: its embedding and ours are {apart:.1e} apart")
+        return net
+
+
+def load_recogniser(path: str | Path) -> nn.Module:
+    """φ from an ONNX file, or from the safetensors that `facenets` writes beside the mini's."""
+    if Path(path).suffix == ".safetensors":
+        from .facenets import load_recogniser as load
+
+        return load(Path(path))
+    return IResNet.from_onnx(path)
+
+
+def _read(graph: onnx.GraphProto) -> IResNet:
+    """The layers in the order of the graph, which is that of the forward pass."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    mirror = False
+    for node in graph.node:
+        if node.op_type == "Constant":
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type in ("Identity", "Cast", "Unsqueeze") and node.input[0] in values:
+            values[node.output[0]] = values[node.input[0]]  # weights stored in half precision, slopes given a shape
+        elif node.op_type in ("Conv", "PRelu", "LeakyRelu", "BatchNormalization", "Gemm", "MatMul"):
+            nodes.append(node)
+        elif node.op_type == "Concat" and not nodes:
+            mirror = True
+
+    def value(name: str) -> Tensor:
+        return torch.from_numpy(np.array(values[name], np.float32))
+
+    def take(*kinds: str) -> onnx.NodeProto:
+        found = nodes.pop(0) if nodes else None
+        if found is None or found.op_type not in kinds:
+            raise ValueError(f"{' or '.join(kinds)} expected, found {found.op_type if found else 'the end'}")
+        return found
+
+    def conv() -> nn.Conv2d:
+        node = take("Conv")
+        a = _attributes(node)
+        weight = value(node.input[1])
+        outer, inner, size, _ = weight.shape
+        pads = a.get("pads", [0] * 4)
+        if a.get("group", 1) != 1 or set(a.get("dilations", [1])) != {1} or set(pads) != {size // 2}:
+            raise ValueError(f"a convolution with {a}")
+        bias = value(node.input[2]) if len(node.input) > 2 else torch.zeros(outer)
+        if nodes and nodes[0].op_type == "BatchNormalization" and nodes[0].input[0] == node.output[0]:
+            scale, shift = _scale_and_shift(nodes.pop(0), value)  # an exporter that did not fold it
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        layer = nn.Conv2d(inner, outer, size, a.get("strides", [1])[0], size // 2)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        return layer
+
+    def norm(kind: type[nn.Module]) -> nn.Module:
+        scale, shift = _scale_and_shift(take("BatchNormalization"), value)
+        layer: Any = kind(len(scale), eps=0.0)  # mean 0, variance 1: what is left is the scale and the shift
+        layer.weight.data, layer.bias.data = scale, shift
+        return layer
+
+    def act() -> nn.PReLU:
+        node = take("PRelu", "LeakyRelu")
+        slopes = (
+            value(node.input[1]).flatten() if node.op_type == "PRelu" else torch.tensor([_attributes(node)["alpha"]])
+        )
+        layer = nn.PReLU(len(slopes))
+        layer.load_state_dict({"weight": slopes})
+        return layer
+
+    stem = nn.Sequential(conv(), act())
+    blocks = []
+    while len(nodes) > 1 and nodes[1].op_type == "Conv":
+        main = norm(nn.BatchNorm2d), conv(), act(), conv()
+        blocks.append(Block(*main, conv() if nodes and nodes[0].op_type == "Conv" else nn.Identity()))
+    last = norm(nn.BatchNorm2d)
+    product = take("Gemm", "MatMul")
+    weight = value(product.input[1])
+    if not _attributes(product).get("transB"):
+        weight = weight.T
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    bias = value(product.input[2]) if len(product.input) > 2 else torch.zeros(len(weight))
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    head = [last, nn.Flatten(), linear]
+    if nodes:
+        head.append(norm(nn.BatchNorm1d))
+    if nodes:
+        raise ValueError(f"{len(nodes)} layers after the embedding")
+    return IResNet(stem, blocks, nn.Sequential(*head), mirror=mirror)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _scale_and_shift(node: onnx.NodeProto, value: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """What a BatchNormalization does to each channel: x → scale · x + shift."""
+    weight, bias, mean, variance = (value(name) for name in node.input[1:5])
+    scale = weight / (variance + _attributes(node).get("epsilon", 1e-5)).sqrt()
+    return scale, bias - mean * scale
+
+
+# ------------------------------------------------------------------------------------------------- the crop
+
+
+def crop_to_picture(keypoints: np.ndarray) -> np.ndarray:
+    """(B, 2, 3): where in the picture a point of ArcFace's crop lies, both in pixels.
+
+    keypoints (B, 5, 2). The inverse of the similarity that brings them to ArcFace's template in least squares
+    (Umeyama, 1991): in the plane a product of complex numbers.
+    """
+    z = keypoints[..., 0] + 1j * keypoints[..., 1]
+    w = np.broadcast_to(arcface_dst[:, 0] + 1j * arcface_dst[:, 1], z.shape)
+    z0, w0 = z.mean(1, keepdims=True), w.mean(1, keepdims=True)
+    turn = (np.conj(z - z0) * (w - w0)).sum(1) / (np.abs(z - z0) ** 2).sum(1)  # w ≈ turn · z + rest
+    back = 1 / turn
+    rest = z0[:, 0] - back * w0[:, 0]
+    rows = [[back.real, -back.imag, rest.real], [back.imag, back.real, rest.imag]]
+    return np.array(rows, np.float64).transpose(2, 0, 1)
+
+
+def crop_faces(pictures: Tensor, matrices: np.ndarray) -> Tensor:
+    """ArcFace's crops (B, 3, 112, 112) of pictures (B, 3, H, W) in [−1, 1], differentiable.
+
+    matrices: those of `crop_to_picture`. Bilinear, black outside: insightface's `norm_crop`.
+    """
+    height, width = pictures.shape[-2:]
+    x, y = np.meshgrid(np.arange(FACE), np.arange(FACE))
+    places = np.stack([x, y, np.ones_like(x)], -1) @ matrices.transpose(0, 2, 1)[:, None]  # (B, 112, 112, 2)
+    grid = (2 * places + 1) / np.array([width, height]) - 1
+    grid_ = torch.from_numpy(grid.astype(np.float32)).to(pictures.device)
+    return F.grid_sample(pictures.float() + 1, grid_, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+
+
+def face_window(matrix: np.ndarray, grid: tuple[int, int], factor: int, margin: int) -> tuple[int, int, int, int]:
+    """The latents that one crop is made of: top, left, height, width.
+
+    matrix (2, 3): of `crop_to_picture`. `margin` latents on every side, since a decoded pixel depends on its
+    neighbourhood; cut where the picture ends.
+    """
+    last = FACE - 1
+    x, y = matrix @ np.array([[0, last, 0, last], [0, 0, last, last], [1, 1, 1, 1]])
+    bounds = []
+    for places, size in ((y, grid[0]), (x, grid[1])):
+        low = int(np.floor(places.min() / factor)) - margin
+        high = int(np.ceil((places.max() + 1) / factor)) + margin
+        low = min(max(low, 0), size - 1)
+        bounds.append((low, max(min(high, size), low + 1)))
+    (top, bottom), (left, right) = bounds
+    return top, left, bottom - top, right - left
+
+
+# ------------------------------------------------------------------------------------- the lightning branch
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """Equation 5's second half, and when it counts."""
+
+    recogniser: str | None = None  # φ: an ONNX file; None: no identity loss
+    lightning: str | None = None  # a few-step UNet (folder or safetensors) or LoRA of the base; None: the base itself
+    weight: float = 0.5  # λ
+    steps: int = 4  # of the branch, 1 to 8
+    after: int = 0  # optimiser steps before it is switched on
+    every: int = 1  # it is computed every so many steps
+    samples: int | None = None  # of each batch, the first so many; None: all
+    margin: int = 4  # latents around the face that are decoded with it
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 8:
+            raise ValueError(f"the lightning branch has {self.steps} steps: choose 1 to 8")
+        if self.every < 1 or (self.samples is not None and self.samples < 1):
+            raise ValueError("identity.every and identity.samples must be at least 1")
+
+    def counts(self, step: int) -> bool:
+        """Whether this optimiser step computes it."""
+        return self.recogniser is not None and self.weight > 0 and step >= self.after and step % self.every == 0
+
+
+def trailing_timesteps(steps: int, num: int) -> list[int]:
+    """SDXL-Lightning's: 4 of 1000 are 999, 749, 499, 249."""
+    return [round(t) - 1 for t in np.arange(num, 0, -num / steps)]
+
+
+def few_steps(predict: Predict, noise: Tensor, alphas_cumprod: Sequence[float], kind: str, steps: int) -> Tensor:
+    """Latents (B, C, h, w) from pure noise in `steps` Euler steps without guidance, each of them checkpointed.
+
+    The same as diffusers' EulerDiscreteScheduler with trailing timesteps, written with ᾱ instead of σ: the noise
+    that the model sees stays, its share goes down.
+    """
+    timesteps = trailing_timesteps(steps, len(alphas_cumprod))
+    a = torch.tensor([alphas_cumprod[timesteps[0]]], device=noise.device)
+    latents = noise * (1 - a).sqrt()
+    for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        at = torch.full((len(noise),), t, device=noise.device)
+        prediction = checkpoint(predict, latents, at, use_reentrant=False, preserve_rng_state=False).float()
+        clean = predicted_latents(kind, prediction, latents, a)
+        rest = (latents - a.sqrt() * clean) / (1 - a).sqrt()
+        a = torch.tensor([1.0 if after is None else alphas_cumprod[after]], device=noise.device)
+        latents = a.sqrt() * clean + (1 - a).sqrt() * rest
+    return latents
+
+
+def unscale(vae: Any, latents: Tensor) -> Tensor:
+    """The denoiser's latents in the units of the VAE's decoder."""
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        return latents * std / config.scaling_factor + mean
+    return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+class IdentityLoss:
+    """Equation 4 for whatever predicts noise: the mini's stages and the training on photographs share it.
+
+    recogniser, vae: frozen. alphas_cumprod and kind: of the lightning branch, as its scheduler has them.
+    """
+
+    def __init__(
+        self, recogniser: nn.Module, vae: Any, alphas_cumprod: Tensor, kind: str, *, steps: int = 4, margin: int = 4
+    ) -> None:
+        self.recogniser = recogniser.requires_grad_(False).eval()
+        self.vae = vae.requires_grad_(False).eval()
+        self.alphas, self.kind = alphas_cumprod.tolist(), kind
+        self.steps, self.margin = steps, margin
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def to(self, device: torch.device | str) -> IdentityLoss:
+        self.recogniser.to(device)
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def embed(self, faces: Tensor, mask: Tensor | None = None) -> Tensor:
+        """φ of the references: aligned crops (B, R, 112, 112, 3) uint8 RGB → (B, 512), the mean of their
+        directions. mask (B, R): which of them there are."""
+        pixels = faces.flatten(0, 1).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+        with torch.autocast(faces.device.type, enabled=False):
+            directions = F.normalize(self.recogniser(pixels)).unflatten(0, faces.shape[:2])
+        if mask is not None:
+            directions = directions * mask[..., None]
+        return directions.sum(1)
+
+    def __call__(self, predict: Predict, noise: Tensor, keypoints: Tensor | np.ndarray, reference: Tensor) -> Tensor:
+        """1 − cos for each sample (B,).
+
+        predict: the whole conditioned model, gradients on. noise (B, C, h, w). keypoints (B, 5, 2) in pixels of the
+        picture that the branch makes: they are known, since FFRNet draws the face where its landmarks are.
+        reference (B, 512): what `embed` gives.
+        """
+        latents = few_steps(predict, noise, self.alphas, self.kind, self.steps)
+        faces = self.faces(latents, keypoints)
+        with torch.autocast(noise.device.type, enabled=False):
+            # the recogniser's activations are as large as a picture: it is checkpointed as well
+            found = checkpoint(self.recogniser, faces.float(), use_reentrant=False, preserve_rng_state=False)
+        return 1 - F.cosine_similarity(reference.float(), found.float(), dim=-1)
+
+    def faces(self, latents: Tensor, keypoints: Tensor | np.ndarray) -> Tensor:
+        """Aligned crops (B, 3, 112, 112) in [−1, 1] of what latents (B, C, h, w) decode to, without decoding more than
+        the window around each face."""
+        points = keypoints.detach().cpu().numpy() if isinstance(keypoints, Tensor) else keypoints
+        matrices = crop_to_picture(points.astype(np.float64))
+        crops = []
+        for row, matrix in enumerate(matrices):  # one at a time: nothing in the loss is as large as a decoded picture
+            top, left, height, width = face_window(matrix, tuple(latents.shape[-2:]), self.factor, self.margin)
+            window = latents[row : row + 1, :, top : top + height, left : left + width]
+            matrix[:, 2] -= np.array([left, top]) * self.factor
+            crops.append(checkpoint(self._decode, window, matrix[None], use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(crops)
+
+    def _decode(self, latents: Tensor, matrices: np.ndarray) -> Tensor:
+        # SDXL's decoder overflows in half precision
+        half = torch.get_autocast_dtype(latents.device.type) == torch.float16
+        with torch.autocast(latents.device.type, enabled=False) if half else nullcontext():
+            pictures = self.vae.decode(unscale(self.vae, latents).to(self.vae.dtype), return_dict=False)[0]
+        return crop_faces(pictures, matrices)
+
+
+def batch_part(batch: dict[str, Any], count: int | None) -> dict[str, Any]:
+    """The first `count` samples of a batch; all with None."""
+    return batch if count is None else {key: value[:count] for key, value in batch.items()}

@@ -1,0 +1,337 @@
+"""The identity loss: φ read from ONNX, the differentiable crop, the few-step branch and where its gradient goes."""
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import EulerDiscreteScheduler
+from tiny import TOKEN_DIM, tiny_ffrnet, tiny_mixer, tiny_unet, tiny_vae
+from torch import nn
+
+from facesnap.faces import align
+from facesnap.ffrnet import attach
+from facesnap.training import facenets, identity
+from facesnap.training.identity import IdentityLoss, IResNet, crop_faces, crop_to_picture
+from facesnap.training.losses import predicted_latents
+from facesnap.training.mini import store_half
+
+# ------------------------------------------------------------------------------------------- φ from ONNX
+
+
+class PublicBlock(nn.Module):
+    """A block as InsightFace's public IResNet names and orders its layers."""
+
+    def __init__(self, inner: int, outer: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv1 = nn.Conv2d(inner, outer, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.prelu = nn.PReLU(outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outer)
+        self.downsample = None
+        if stride != 1 or inner != outer:
+            self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+
+    def forward(self, x):
+        out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class PublicIResNet(nn.Module):
+    """The recogniser of buffalo_l at any width: w600k_r50 has widths 64, 64, 128, 256, 512 and these depths."""
+
+    def __init__(self, widths=(8, 8, 12, 16, 20), depths=(3, 4, 14, 3)):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.prelu = nn.PReLU(widths[0])
+        blocks = []
+        for inner, outer, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            blocks += [PublicBlock(inner if k == 0 else outer, outer, 2 if k == 0 else 1) for k in range(depth)]
+        self.layers = nn.Sequential(*blocks)
+        self.bn2 = nn.BatchNorm2d(widths[-1])
+        self.dropout = nn.Dropout(0)
+        self.fc = nn.Linear(widths[-1] * 49, 512)
+        self.features = nn.BatchNorm1d(512)
+
+    def forward(self, x):
+        x = self.layers(self.prelu(self.bn1(self.conv1(x))))
+        return self.features(self.fc(self.dropout(torch.flatten(self.bn2(x), 1))))
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """Random weights whose every layer matters: norms and slopes that are not the initial ones."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, 0.1, 0.4)
+    return net.eval()
+
+
+def export(net: nn.Module, path, **options):
+    example = torch.zeros(1, 3, 112, 112)
+    torch.onnx.export(
+        net, (example,), str(path), input_names=["input.1"], dynamic_axes={"input.1": {0: "None"}},
+        opset_version=11, dynamo=False, **options,
+    )  # fmt: skip
+    return path
+
+
+def test_the_public_iresnet_50_is_read_from_its_onnx_file(tmp_path):
+    net = lively(PublicIResNet())
+    path = export(net, tmp_path / "w600k_r50.onnx")
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("BatchNormalization") == 24 + 2 and kinds.count("PRelu") == 25  # the others are folded
+    ours = IResNet.from_onnx(path)
+    crops = torch.rand(2, 3, 112, 112) * 2 - 1
+    with torch.no_grad():
+        expected, found = net(crops), ours(crops)
+    assert len(ours.blocks) == 24 and not ours.mirror
+    torch.testing.assert_close(F.normalize(found), F.normalize(expected), atol=1e-4, rtol=0)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_a_file_whose_norms_were_not_folded_is_read_too(tmp_path):
+    net = lively(PublicIResNet((4, 4, 4, 4, 4), (1, 1, 1, 1)))
+    path = export(net, tmp_path / "raw.onnx", training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False)
+    assert [n.op_type for n in onnx.load(path).graph.node].count("BatchNormalization") > 6
+    crops = torch.rand(1, 3, 112, 112) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(IResNet.from_onnx(path)(crops), net(crops), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_minis_recogniser_is_read_from_its_onnx_file(tmp_path, half):
+    net = lively(facenets.RecogniserNet(**facenets.RECOGNISERS["B"]))
+    path = tmp_path / "recogniser_B.onnx"
+    facenets.export_recogniser(net, path)
+    if half:
+        store_half(path)
+    ours = identity.load_recogniser(path)
+    crops = torch.rand(2, 3, 112, 112) * 2 - 1
+    told = onnxruntime.InferenceSession(path).run(None, {"input": crops.numpy()})[0]
+    assert ours.mirror
+    torch.testing.assert_close(F.normalize(ours(crops)), F.normalize(torch.from_numpy(told)), atol=1e-4, rtol=0)
+
+
+def test_a_file_that_is_no_recogniser_is_refused(tmp_path):
+    (tmp_path / "damaged.onnx").write_bytes(b"not a graph")
+    facenets.export_landmarks(facenets.LandmarkNet((8, 8, 8, 8, 8), 8), tmp_path / "landmarks.onnx")
+    for name in ("damaged.onnx", "landmarks.onnx"):
+        with pytest.raises(ValueError, match=f"{name} is no IResNet"):
+            IResNet.from_onnx(tmp_path / name)
+    with pytest.raises(ValueError, match="there is no recogniser at"):
+        IResNet.from_onnx(tmp_path / "missing.onnx")
+
+
+# ----------------------------------------------------------------------------------------------- the crop
+
+
+def points(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
+    """Five points of a face somewhere in a picture; not quite ArcFace's, so that the fit has something to do."""
+    a = np.deg2rad(degrees)
+    turn = scale * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    wrong = np.random.default_rng(1).normal(0, 1.5, (5, 2))
+    return ((identity.arcface_dst + wrong - 56) @ turn.T + [x, y]).astype(np.float32)
+
+
+FACES = [points(1.3, 20, 100, 90), points(0.5, -40, 60, 120), points(2.5, 5, 150, 40)]  # the last one sticks out
+
+
+def smooth_picture(side: int = 200) -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+    return cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+def test_the_crop_is_insightfaces():
+    picture = smooth_picture()
+    pixels = torch.from_numpy(picture).permute(2, 0, 1).float().div(127.5).sub(1).expand(3, -1, -1, -1)
+    crops = crop_faces(pixels, crop_to_picture(np.stack(FACES).astype(float)))
+    for crop, keypoints in zip(crops, FACES, strict=True):
+        theirs = align(picture, keypoints).astype(int)
+        ours = ((crop + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
+        assert (theirs == 0).all(2).sum() == pytest.approx((ours == 0).all(2).sum(), abs=150)
+        assert np.abs(ours - theirs).mean() < 1 and np.quantile(np.abs(ours - theirs), 0.99) <= 6
+
+
+def test_the_window_holds_all_that_the_crop_shows():
+    picture = torch.from_numpy(smooth_picture(208)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    for keypoints in FACES:
+        matrix = crop_to_picture(keypoints[None].astype(float))
+        top, left, height, width = identity.face_window(matrix[0], (26, 26), 8, 1)
+        assert 0 <= top <= top + height <= 26 and 0 <= left <= left + width <= 26
+        window = picture[..., top * 8 : (top + height) * 8, left * 8 : (left + width) * 8]
+        inside = matrix.copy()
+        inside[..., 2] -= np.array([left, top]) * 8
+        torch.testing.assert_close(crop_faces(window, inside), crop_faces(picture, matrix), atol=1e-4, rtol=0)
+    small = identity.face_window(crop_to_picture(FACES[1][None].astype(float))[0], (26, 26), 8, 1)
+    assert small[2] * small[3] < 0.5 * 26**2
+
+
+# --------------------------------------------------------------------------------------------- the branch
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_few_steps_are_diffusers_euler_steps(kind):
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=kind,
+        timestep_spacing="trailing",
+    )
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def model(x, t):
+        asked.append(t[0].item())
+        return torch.tanh(x.flip(-1)) + t.view(-1, 1, 1, 1) / 1000
+
+    ours = identity.few_steps(model, noise, scheduler.alphas_cumprod.tolist(), kind, 4)
+    assert asked == [999, 749, 499, 249]
+    scheduler.set_timesteps(4)
+    latents = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        prediction = model(scheduler.scale_model_input(latents, t), t.expand(2))
+        latents = scheduler.step(prediction, t, latents).prev_sample
+    torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def world():
+    unet, vae, mixer = tiny_unet(), tiny_vae(), tiny_mixer()
+    unet.requires_grad_(False)
+    recogniser = lively(facenets.RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
+    loss = IdentityLoss(recogniser, vae, torch.linspace(0.999, 0.005, 1000), "v_prediction", steps=2, margin=1)
+    return unet, tiny_ffrnet(unet), mixer, loss
+
+
+def branch(world, *, steps: int, checkpointed: bool = True, batch: int = 2):
+    """The loss of a batch, through mixer, FFRNet, UNet, decoder, crop and φ."""
+    unet, ffrnet, mixer, loss = world
+    loss.steps = steps
+    draw = torch.Generator().manual_seed(3)
+    embeddings, clip = torch.randn(batch, 1, 512, generator=draw), torch.randn(batch, 1, 5, 16, generator=draw)
+    control, noise = torch.rand(batch, 3, 64, 64, generator=draw), torch.randn(batch, 16, 4, 4, generator=draw)
+    text, pooled = torch.randn(batch, 7, TOKEN_DIM, generator=draw), torch.randn(batch, 16, generator=draw)
+    mixed = mixer(embeddings, clip)
+    condition = {"text_embeds": pooled, "time_ids": torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(batch, -1)}
+
+    def predict(x, t):
+        with attach(unet, ffrnet, tokens=mixed.tokens, pooled=mixed.pooled, control=control):
+            return unet(x, t, text, added_cond_kwargs=condition, return_dict=False)[0]
+
+    keypoints = np.stack([points(0.3, 10, 32, 30), points(0.4, -10, 30, 34)])[:batch]
+    faces = torch.randint(0, 256, (batch, 1, 112, 112, 3), generator=draw, dtype=torch.uint8)
+    if checkpointed:
+        return loss(predict, noise, keypoints, loss.embed(faces)), (predict, noise, keypoints, faces)
+    return None, (predict, noise, keypoints, faces)
+
+
+def gradients(world) -> dict[str, torch.Tensor]:
+    _, ffrnet, mixer, _ = world
+    names = {f"{n}.{k}": p for n, m in (("mixer", mixer), ("ffrnet", ffrnet)) for k, p in m.named_parameters()}
+    found = {k: p.grad.clone() for k, p in names.items() if p.grad is not None}
+    for module in (mixer, ffrnet):
+        module.zero_grad()
+    return found
+
+
+def test_the_identity_loss_reaches_mixer_and_ffrnet_and_nothing_else(world):
+    unet, ffrnet, mixer, loss = world
+    values, _ = branch(world, steps=2)
+    assert values.shape == (2,) and (values > 0).all() and (values <= 2).all()
+    values.mean().backward()
+    frozen = (unet, loss.vae, loss.recogniser)
+    assert all(p.grad is None for module in frozen for p in module.parameters())
+    found = gradients(world)
+    assert set(found) == {f"mixer.{k}" for k, _ in mixer.named_parameters()} | {
+        f"ffrnet.{k}" for k, _ in ffrnet.named_parameters()
+    }
+    for part in ("mixer.w_id.weight", "mixer.w_out.weight", "mixer.to_pooled.weight", "ffrnet.conv_in.weight"):
+        assert found[part].abs().sum() > 0, part
+
+
+def test_checkpointing_changes_no_gradient(world, monkeypatch):
+    values, _ = branch(world, steps=3)
+    values.mean().backward()
+    with_ = gradients(world)
+    monkeypatch.setattr(identity, "checkpoint", lambda f, *args, use_reentrant, preserve_rng_state: f(*args))
+    values, _ = branch(world, steps=3)
+    values.mean().backward()
+    without = gradients(world)
+    for name, gradient in with_.items():
+        torch.testing.assert_close(gradient, without[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_along_the_gradient_brings_the_face_closer(world):
+    _, ffrnet, mixer, _ = world
+    before, _ = branch(world, steps=2)
+    before.mean().backward()
+    kept = {id(p): p.detach().clone() for m in (mixer, ffrnet) for p in m.parameters()}
+    length = sum(p.grad.square().sum() for m in (mixer, ffrnet) for p in m.parameters()).sqrt()
+    with torch.no_grad():
+        for module in (mixer, ffrnet):
+            for p in module.parameters():
+                p -= 1e-2 * p.grad / length
+    after, _ = branch(world, steps=2)
+    with torch.no_grad():
+        for module in (mixer, ffrnet):
+            for p in module.parameters():
+                p.copy_(kept[id(p)])
+            module.zero_grad()
+    assert after.mean() < before.mean()
+
+
+def test_each_sample_stands_alone(world):
+    both, _ = branch(world, steps=2)
+    unet, ffrnet, mixer, loss = world
+    _, (predict, noise, keypoints, faces) = branch(world, steps=2, checkpointed=False)
+    swapped = loss.embed(faces.flip(0))
+    other = loss(predict, noise, keypoints, swapped)
+    torch.testing.assert_close(loss.embed(faces).flip(0), swapped)
+    assert not torch.allclose(both, other)
+    latents = identity.few_steps(predict, noise, loss.alphas, loss.kind, 2)
+    one = torch.cat([loss.faces(latents[i : i + 1], keypoints[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(loss.faces(latents, keypoints), one)
+
+
+def test_references_count_as_the_mean_of_their_directions(world):
+    loss = world[3]
+    faces = torch.randint(0, 256, (1, 3, 112, 112, 3), dtype=torch.uint8)
+    alone = [F.normalize(loss.embed(faces[:, i : i + 1])) for i in range(3)]
+    told = loss.embed(faces, torch.tensor([[True, False, True]]))
+    torch.testing.assert_close(told, alone[0] + alone[2], atol=1e-5, rtol=1e-4)
+
+
+def test_euler_from_a_perfect_model_arrives():
+    """A model that knows x₀ gives x₀ in any number of steps."""
+    alphas = torch.linspace(0.999, 0.005, 1000)
+    truth = torch.randn(1, 2, 3, 3)
+
+    def model(x, t):
+        a = alphas[t].view(-1, 1, 1, 1)
+        return (x - a.sqrt() * truth) / (1 - a).sqrt()
+
+    for steps in (1, 2, 8):
+        found = identity.few_steps(model, torch.randn(1, 2, 3, 3), alphas.tolist(), "epsilon", steps)
+        torch.testing.assert_close(found, truth, atol=1e-4, rtol=1e-3)
+    assert predicted_latents("epsilon", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([0.25])) == 2
+
+
+def test_when_it_counts():
+    config = identity.IdentityConfig(recogniser="b.onnx", after=10, every=4)
+    assert [step for step in range(24) if config.counts(step)] == [12, 16, 20]
+    assert not identity.IdentityConfig(after=0).counts(0)
+    with pytest.raises(ValueError, match="choose 1 to 8"):
+        identity.IdentityConfig(steps=9)

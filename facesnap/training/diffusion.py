@@ -7,7 +7,7 @@ loss (equation 4, identity.py) with the base itself as the few-step branch.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,7 +220,7 @@ class DiffusionStage(Stage):
     def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Text (B, n, d) and pooled text, face tokens (B, m, d) and pooled face."""
         encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
-        with torch.set_grad_enabled(self.joint):
+        with torch.set_grad_enabled(self.joint), _short_attention(batch["ids"].device):
             text, pooled = encode_text(encoders, batch["ids"])
         mixed = self.parts.mixer(batch["embeddings"], batch["clip"].float(), batch["reference_mask"])
         return text, pooled, mixed.tokens, mixed.pooled
@@ -229,25 +229,21 @@ class DiffusionStage(Stage):
         side = float(self.people.size[0])
         time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
         embedded = batch["control"].dtype == torch.float16
-        with _embedded(self.parts.ffrnet) if embedded else nullcontext():
-            down, mid = self.parts.ffrnet(
-                noisy, timesteps, tokens, batch["control"].float() if embedded else _pixels(batch["control"]),
-                added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
-            )  # fmt: skip
-        if self.without_ffrnet:
-            on = batch["ffrnet"].to(mid.dtype)[:, None, None, None]
-            down, mid = [d * on for d in down], mid * on
-        return self.parts.unet(
-            noisy, timesteps, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-            down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False,
-        )[0]  # fmt: skip
+        with _short_attention(noisy.device):
+            with _embedded(self.parts.ffrnet) if embedded else nullcontext():
+                down, mid = self.parts.ffrnet(
+                    noisy, timesteps, tokens, batch["control"].float() if embedded else _pixels(batch["control"]),
+                    added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
+                )  # fmt: skip
+            if self.without_ffrnet:
+                on = batch["ffrnet"].to(mid.dtype)[:, None, None, None]
+                down, mid = [d * on for d in down], mid * on
+            return self.parts.unet(
+                noisy, timesteps, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+                down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False,
+            )[0]  # fmt: skip
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        # on a CPU the backward pass of the flash kernel takes ten times as long for sequences this short
-        with sdpa_kernel(SDPBackend.MATH) if batch["latents"].device.type == "cpu" else nullcontext():
-            return self._loss(batch, generator)
-
-    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         count = len(latents)
         text, pooled, tokens, pooled_face = told = self.conditions(batch)
@@ -319,6 +315,11 @@ class DiffusionStage(Stage):
             prediction = plain + guidance * (told - plain)
             latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents
+
+
+def _short_attention(device: torch.device) -> AbstractContextManager:
+    """On a CPU the flash kernel's backward pass takes ten times as long as plain products for sequences this short."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def _pixels(drawings: Tensor) -> Tensor:

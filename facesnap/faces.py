@@ -8,7 +8,7 @@ an `InputError` that says so.
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Face:
     box (4,) x0 y0 x1 y1; score of the detector, 0 for Haar; keypoints (5, 2) of the landmarks: eyes, nose
     tip, mouth corners; landmarks (68, 3): iBUG-68, z towards the camera in pixels, its zero meaningless;
     embedding (512,) not normalised; crop (224, 224, 3) RGB uint8; size (height, width) of the picture; count
-    of faces seen; found_by "detector", "resized", "padded" or "haar"."""
+    of faces seen; found_by "detector", "resized", "padded" or "haar"; image (H, W, 3), the analysed picture itself
+    and no copy of it, for a head model that reads pictures (DECA)."""
 
     box: np.ndarray
     score: float
@@ -51,6 +52,7 @@ class Face:
     size: tuple[int, int]
     count: int
     found_by: str
+    image: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class FaceAnalyser:
             size=(image.shape[0], image.shape[1]),
             count=len(found.boxes),
             found_by=found.by,
+            image=image,
         )
 
     def _attempts(self, bgr: np.ndarray) -> Iterator[_Found]:

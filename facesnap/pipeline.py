@@ -40,7 +40,8 @@ from . import landmarks as landmarks72
 from . import memory, templates
 from .faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
 from .ffrnet import FFRNet, Variant, attach
-from .heads import Head, LinearHeadModel
+from .heads import Head, HeadModel
+from .heads import from_pretrained as read_head
 from .images import InputError, open_image
 from .mixer import FacialAttributeMixer, MixerOutput
 from .predictor import LandmarkPredictor
@@ -160,7 +161,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         ffrnet: FFRNet | None = None,
         face_encoder: CLIPVisionModel | None = None,
         face_analyser: FaceAnalyser | None = None,
-        head_model: LinearHeadModel | None = None,
+        head_model: HeadModel | None = None,
         scorer: Recogniser | None = None,
         image_encoder=None,
         feature_extractor=None,
@@ -722,7 +723,7 @@ def _load_our_parts(
     loaders: dict[str, Callable[[Path], Any]] = {
         **{name: weights(kind) for name, kind in classes.items()},
         "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
-        "head_model": LinearHeadModel.from_pretrained,
+        "head_model": read_head,
         "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),
     }
     parts: dict[str, Any] = {}

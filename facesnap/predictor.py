@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from facesnap.heads import Head, LinearHeadModel, rotation_from_euler
+from facesnap.heads import Head, HeadModel, rotation_from_euler
 from facesnap.images import InputError
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 class LandmarkPredictor:
     """Predicts landmarks with a head model. Holds nothing else, so it may be made and dropped at will."""
 
-    def __init__(self, model: LinearHeadModel) -> None:
+    def __init__(self, model: HeadModel) -> None:
         self.model = model
 
     def reconstruct(self, faces: "Face | Sequence[Face]") -> list[Head]:
         """The faces, all of one person, → a Head for each with one common identity."""
         several = faces if isinstance(faces, Sequence) else [faces]
-        return self.model.fit([face.landmarks for face in several], [face.size for face in several])
+        return self.model.reconstruct(several)
 
     def predict(self, shape: Head, driver: Head, size: tuple[int, int], *, strength: float = 1.0) -> np.ndarray:
         """The landmarks (72, 2), float32, of `shape`'s face held as `driver` is, in a new picture.

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from facesnap import landmarks
-from facesnap.heads import Head, LinearHeadModel
+from facesnap.heads import Head, HeadModel, from_pretrained
 from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
 
@@ -29,7 +29,7 @@ class PoseTemplate:
     roll: float = 0.0
     head_size: float = 0.37
 
-    def head(self, model: LinearHeadModel, size: tuple[int, int]) -> Head:
+    def head(self, model: HeadModel, size: tuple[int, int]) -> Head:
         """The template as a driver in a picture of size (height, width)."""
         return LandmarkPredictor(model).from_numbers(
             yaw=self.yaw, pitch=self.pitch, roll=self.roll, head_size=self.head_size, size=size
@@ -60,7 +60,7 @@ def get(name: str) -> PoseTemplate:
     raise InputError(f"There is no pose template {name!r}; {hint}")
 
 
-def thumbnail(template: PoseTemplate, model: LinearHeadModel, side: int = 192) -> np.ndarray:
+def thumbnail(template: PoseTemplate, model: HeadModel, side: int = 192) -> np.ndarray:
     """The template's landmarks over a grey bust, RGB uint8 (side, side, 3)."""
     large = 4 * side  # shrunk at the end, which is the antialiasing of the bust
     head = template.head(model, (large, large))
@@ -73,7 +73,7 @@ def thumbnail(template: PoseTemplate, model: LinearHeadModel, side: int = 192) -
     return cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def _bust(head: Head, model: LinearHeadModel) -> list[tuple[np.ndarray, int]]:
+def _bust(head: Head, model: HeadModel) -> list[tuple[np.ndarray, int]]:
     """Point clouds (N, 2) in pixels, the hulls of which are a bust, and their greys, back to front.
 
     Ellipsoids placed by the usual proportions of a head, in face heights: the cranium reaches half of one
@@ -111,10 +111,10 @@ def _bust(head: Head, model: LinearHeadModel) -> list[tuple[np.ndarray, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the thumbnails of the pose templates.")
-    parser.add_argument("--model", type=Path, required=True, help="folder of a LinearHeadModel")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a head model")
     parser.add_argument("--out", type=Path, required=True, help="folder for <name>.png")
     arguments = parser.parse_args()
-    model = LinearHeadModel.from_pretrained(arguments.model)
+    model = from_pretrained(arguments.model)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for template in TEMPLATES:
         picture = Image.fromarray(thumbnail(template, model))

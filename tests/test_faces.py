@@ -126,8 +126,9 @@ def test_threads_do_not_disturb_each_other(analyser):
 def test_the_picture_is_not_changed(analyser):
     image = canvas(face=(120, 96, 8, GREEN))
     before = image.copy()
-    analyser.analyse(image)
+    face = analyser.analyse(image)
     assert np.array_equal(image, before)
+    assert face.image is image  # for head models that read pictures; not copied
 
 
 def test_scorer_sees_what_the_pack_sees(analyser, pack):

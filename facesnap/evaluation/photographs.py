@@ -17,7 +17,7 @@ from tqdm import tqdm
 from facesnap import landmarks
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.faces import FaceAnalyser
-from facesnap.heads import LinearHeadModel
+from facesnap.heads import from_pretrained
 from facesnap.images import InputError
 
 PROMPT = "a photo of a person, wearing a gray shirt, a blue studio background, soft light"
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict:
     model = Path(arguments.model)
     settings = {"what": "photographs", "model": report.fingerprint(model), "seed": arguments.seed}
     analyser = FaceAnalyser(model / "face_pack")
-    mean = LinearHeadModel.from_pretrained(model / "head").mean
+    mean = from_pretrained(model / "head").mean
     rows = [look(marked, analyser, mean) for marked in MARKED]
     if arguments.sheet:
         portraits_sheet(model, analyser, arguments, rows)

@@ -17,8 +17,7 @@ from facesnap import landmarks
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.evaluation.protocol import rendered
 from facesnap.faces import FaceAnalyser
-from facesnap.heads import Head, LinearHeadModel
-from facesnap.heads.linear import rotation_from_euler
+from facesnap.heads import Head, HeadModel, from_pretrained, rotation_from_euler
 from facesnap.images import InputError, open_image
 from facesnap.predictor import LandmarkPredictor
 from facesnap.synthetic.people import Picture, sample_person, sample_picture
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict:
     settings |= {n: getattr(arguments, n) for n in ("pairs", "seed", "size")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     analyser = FaceAnalyser(model / "face_pack")
-    predictor = LandmarkPredictor(LinearHeadModel.from_pretrained(model / "head"))
+    predictor = LandmarkPredictor(from_pretrained(model / "head"))
     references, drivers = protocol.people(arguments.seed)
     if arguments.pairs > len(references):
         raise ValueError(f"--pairs {arguments.pairs}: choose at most {len(references)}")
@@ -110,7 +109,7 @@ def errors(
     return {name: metrics.landmark_error(points, truth, eyes) for name, points in predicted.items()}
 
 
-def known_parameters(model: LinearHeadModel, seed: int, count: int = 50) -> list[float]:
+def known_parameters(model: HeadModel, seed: int, count: int = 50) -> list[float]:
     """How far a known identity moves when it takes another head's pose and expression, in eye distances.
 
     A head of known parameters is seen in its own pose and, by the predictor, in another's; the shape is

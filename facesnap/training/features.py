@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from facesnap.faces import FaceAnalyser
-from facesnap.heads import LinearHeadModel
+from facesnap.heads import LinearHeadModel, from_pretrained
 from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
 from facesnap.synthetic.people import sample_person, sample_picture
@@ -59,7 +59,7 @@ def _analyse(job: tuple[Path, Path, Path, np.ndarray]) -> list[tuple[int, Any]]:
     cv2.setNumThreads(1)
     people = load_people(data, held_out=True)
     analyser = FaceAnalyser(pack)
-    predictor = LandmarkPredictor(LinearHeadModel.from_pretrained(head))
+    predictor = LandmarkPredictor(from_pretrained(head))
     out: list[tuple[int, Any]] = []
     for row in rows:
         try:

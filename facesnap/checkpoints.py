@@ -525,13 +525,13 @@ def load(
     face_pack = face_pack or os.environ.get("FACESNAP_FACE_PACK")
     head = head or os.environ.get("FACESNAP_HEAD")
     memory = memory or os.environ.get("FACESNAP_MEMORY")
-    device = torch.device(device or default_device())
+    target = torch.device(device or default_device())
     if memory is not None:
-        check_mode(memory, device)  # before gigabytes are read
+        check_mode(memory, target)  # before gigabytes are read
     wanted = plan(name, base=base, lora=lora, face_pack=face_pack, head=head)
     fetch(wanted, yes)
 
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = torch.float32 if target.type == "cpu" else torch.float16
     stock = _load_base(wanted, dtype)
     given = _load_parts(wanted, stock, dtype, providers)
     pipeline_class = KINDS[wanted.kind]
@@ -551,7 +551,7 @@ def load(
             )
     if "lora" in wanted.places or "lora" in wanted.sources:
         _load_lora(pipe, wanted.place("lora"))
-    pipe.set_memory(memory, device)
+    pipe.set_memory(memory, target)
     return pipe
 
 

@@ -187,6 +187,9 @@ def attach(
     landmark_scale: float = 1.0,
     variant: Variant = "predicted",
     guidance: bool | Callable[[], bool] = False,
+    every: int = 1,
+    end: float = 1.0,
+    num_steps: int | Callable[[], int] | None = None,
 ) -> Iterator[None]:
     """While the block lasts, `unet` works as InstantID does; what `facesnap.ffrnet.attach` is to FFRNet.
 
@@ -202,6 +205,8 @@ def attach(
         landmark_scale: of the drawing's embedding.
         variant: "black" replaces the drawing by a black picture, "none" does without the ControlNet.
         guidance: whether the UNet's batch is [unconditional ; conditional], or a function asked at every call.
+        every, end, num_steps: the ControlNet runs at every so many-th call of the `num_steps` that make one
+            picture, and for a share `end` of them; as in FFRNet's `attach`. InstantID's own is 1 and 1.
 
     Raises:
         InputError: another IP-Adapter is loaded into the UNet.
@@ -210,15 +215,24 @@ def attach(
         raise InputError("Another IP-Adapter is loaded, and InstantID needs its place; unload_ip_adapter() first.")
     if variant != "none" and (controlnet is None or control is None):
         raise ValueError(f'variant "{variant}" needs a ControlNet and a control picture')
+    if (every > 1 or end < 1) and num_steps is None:
+        raise ValueError("the ControlNet can only rest at some steps if num_steps says how many a picture has")
     if variant == "black" and control is not None:
         control = torch.zeros_like(control)
+    calls = 0
+    kept: tuple[Tensor, ...] = ()  # residuals of the last run, of the middle block last
 
     def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        nonlocal calls, kept
         call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         sample = call["sample"]
+        steps = num_steps() if callable(num_steps) else num_steps
+        step = calls % steps if steps else calls
+        calls += 1
         halves = 2 if (guidance() if callable(guidance) else guidance) else 1
         seen = _rows(tokens[-halves:], len(sample)).to(sample)
-        if variant != "none":
+        controlled = variant != "none" and (steps is None or step < end * steps)
+        if controlled and step % every == 0:
             assert controlnet is not None and control is not None
             dtype = controlnet.dtype
             added = call["added_cond_kwargs"]
@@ -234,8 +248,11 @@ def attach(
                 },
                 return_dict=False,
             )
-            call["down_block_additional_residuals"] = [residual.to(sample.dtype) for residual in down]
-            call["mid_block_additional_residual"] = mid.to(sample.dtype)
+            kept = (*down, mid)
+        if controlled:  # guidance may have ended since `kept`: the conditional half comes last
+            *down, mid = (residual[-len(sample) :].to(sample.dtype) for residual in kept)
+            call["down_block_additional_residuals"] = down
+            call["mid_block_additional_residual"] = mid
         # the form in which the UNet hands text and image tokens to IP-Adapter's processors, one adapter's
         call["encoder_hidden_states"] = (call["encoder_hidden_states"], [seen[:, None]])
         return (), call
@@ -287,12 +304,7 @@ class InstantIDPipeline(FaceSnapPipeline):
     def _draw(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # type: ignore[override]
         return draw_five(five_points(landmarks72.to_68(points)), size)
 
-    def _attach(  # type: ignore[override]
-        self, unet: Any, controlnet: Any, *, pooled: None, every: int = 1, end: float = 1.0, **conditions: Any
-    ):
-        if every != 1 or end != 1:
-            raise InputError("InstantID's ControlNet runs at every step; skipping steps is FFRNet's.")
-        conditions.pop("num_steps", None)
+    def _attach(self, unet: Any, controlnet: Any, *, pooled: None, **conditions: Any):  # type: ignore[override]
         return attach(unet, controlnet, self.mixer, **conditions)
 
     @torch.no_grad()

@@ -49,9 +49,9 @@ def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | 
     Raises:
         InputError: there is no such mode, or it cannot be had on this device or after "low".
     """
-    device = torch.device(device or default_device())
+    target = torch.device(device or default_device())
     current = getattr(pipe, "memory", None)
-    chosen = check_mode(mode, device) if mode else current if current == "low" else choose(pipe, device)
+    chosen = check_mode(mode, target) if mode else current if current == "low" else choose(pipe, target)
     if current == "low":
         if chosen == "low":
             return "low"
@@ -59,11 +59,11 @@ def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | 
 
     pipe.remove_all_hooks()
     if chosen == "full":
-        pipe.to(device)
+        pipe.to(target)
     elif chosen == "balanced":
-        pipe.enable_model_cpu_offload(device=device)
+        pipe.enable_model_cpu_offload(device=target)
     else:
-        _lower(pipe, device, offload=device.type != "cpu")
+        _lower(pipe, target, offload=target.type != "cpu")
     pipe.memory = chosen
     return chosen
 

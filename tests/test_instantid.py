@@ -224,9 +224,20 @@ def test_call_leaves_the_shared_unet_as_it_was(instantid):
     assert not instantid.unet._forward_pre_hooks
 
 
-def test_skipping_steps_is_refused(instantid):
-    with pytest.raises(InputError, match="runs at every step"):
-        instantid._attach(instantid.unet, instantid.ffrnet, tokens=None, pooled=None, every=2)
+@pytest.mark.parametrize(("rest", "runs"), [({}, 4), ({"every": 2}, 2), ({"end": 0.5}, 2), ({"every": 3}, 2)])
+def test_controlnet_can_rest_at_some_steps(instantid, rest, runs):
+    tokens = instantid.mix([instantid.analyse(ALICE)]).tokens
+    added = {"text_embeds": torch.ones(2, 16), "time_ids": torch.ones(2, 6)}
+    call = {"encoder_hidden_states": torch.ones(2, 3, 32), "added_cond_kwargs": added}
+    latent, count, outputs = torch.ones(2, 4, 8, 8), [], []
+    handle = instantid.ffrnet.register_forward_hook(lambda *args: count.append(1))
+    conditions = {"tokens": tokens, "control": torch.ones(1, 3, 64, 64), "guidance": True, "num_steps": 4}
+    with torch.no_grad(), attach(instantid.unet, instantid.ffrnet, instantid.mixer, **conditions, **rest):
+        for t in (900, 600, 300, 0):
+            outputs.append(instantid.unet(latent, t, **call).sample)
+    handle.remove()
+    assert len(count) == runs
+    assert all(not torch.equal(a, b) for k, a in enumerate(outputs) for b in outputs[:k])
 
 
 def test_another_ip_adapter_is_in_the_way(instantid):

@@ -36,7 +36,8 @@ from transformers import CLIPVisionModel
 
 from . import checks
 from .faces import FaceAnalyser, _pack_folder
-from .heads import LinearHeadModel
+from .heads import from_pretrained as read_head
+from .heads import gnm
 from .images import InputError
 from .instantid import FaceAdapter, InstantIDPipeline
 from .memory import check_mode, default_device
@@ -44,6 +45,7 @@ from .pipeline import BASE_PARTS, SETTINGS_NAME, FaceSnapPipeline, Settings, _re
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
 ASK_ABOVE = 100e6  # bytes
+GITHUB = "https://raw.githubusercontent.com"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 KINDS: dict[str, type[FaceSnapPipeline]] = {"facesnap": FaceSnapPipeline, "instantid": InstantIDPipeline}
 
@@ -135,7 +137,7 @@ class UrlSource(Source):
     def fetch(self, files: Sequence[File]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in files:
-            url = f"https://raw.githubusercontent.com/{self.repo}/{self.revision}/{file.path}"
+            url = f"{GITHUB}/{self.repo}/{self.revision}/{file.path}"
             torch.hub.download_url_to_file(url, str(self.folder / Path(file.path).name), hash_prefix=file.sha256)
 
     def how_to_place(self, files: Sequence[File]) -> str:
@@ -254,7 +256,8 @@ KNOWN_BASES = {source.repo: source for source in (DREAMSHAPER, SDXL)}
 class Plan:
     """What a name stands for. Each part is a local place, or a source that has to be on this machine first.
 
-    weights: folder with facesnap.json (None for InstantID's own). base: folder or safetensors file.
+    Parts: weights (a folder with facesnap.json, or InstantID's own repository), base (a folder or one file),
+    base_configs (for one file), face_encoder, face_pack, head, head_landmarks, lora.
     """
 
     name: str
@@ -263,6 +266,11 @@ class Plan:
     sources: dict[str, Source] = field(default_factory=dict)
     base: str | None = None
     base_was_chosen: bool = False
+
+    @property
+    def is_public_instantid(self) -> bool:
+        """Whether the weights are in InstantID's layout rather than in ours."""
+        return self.sources.get("weights") is INSTANTID
 
     def place(self, part: str) -> Path:
         return self.places[part] if part in self.places else self.sources[part].folder
@@ -297,10 +305,12 @@ def plan(
             places["weights"] = folder
             own = {place.name for place in folder.iterdir()}
             kind = _kind(name, _read_settings(name, folder))
-        elif str(name) != "mini" and re.fullmatch(HUB_ID, str(name)):
+        elif re.fullmatch(HUB_ID, str(name)):
             sources["weights"] = listing(str(name), "FaceSnap weights")
             own = {file.path.split("/")[0] for file in sources["weights"].files}
             kind = _kind(name, _remote_settings(sources["weights"]))
+        elif str(name) == "mini":
+            raise InputError("The mini lies in assets/mini of the repository; run from a checkout, or give its folder.")
         else:
             raise _unknown(name)
 
@@ -380,20 +390,20 @@ def listing(repo: str, part: str) -> Source:
         found = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         revision, licence = folder.name, "as cached; see its page"
     files = [File(path, found[path]) for path in sorted(found) if _is_read(path, found)]
-    if not files:
+    if not any(file.path.endswith(".safetensors") for file in files):
         raise InputError(f"The repository '{repo}' holds no safetensors weights; pickles are not opened.")
     return Source(part, repo, revision, licence, tuple(files))
 
 
 def _is_read(path: str, others: dict[str, int]) -> bool:
-    """Configurations, tokenizers, safetensors and ONNX; of two precisions the half one; of a base, its parts."""
+    """Configurations, tokenizers and safetensors, of two precisions the half one; ONNX files where they are ours."""
     is_base = "model_index.json" in others and SETTINGS_NAME not in others
     if is_base and path != "model_index.json" and path.rpartition("/")[0] not in BASE_PARTS:
         return False  # such as a single file of the same weights
     if path.endswith(".safetensors"):
         half = path.removesuffix(".safetensors") + ".fp16.safetensors"
         return ".non_ema" not in path and half not in others
-    return path.endswith((".json", ".txt", ".onnx"))
+    return path.endswith((".json", ".txt")) or (path.endswith(".onnx") and not is_base)
 
 
 def _remote_settings(source: Source) -> Settings:
@@ -535,14 +545,13 @@ def load(
     stock = _load_base(wanted, dtype)
     given = _load_parts(wanted, stock, dtype, providers)
     pipeline_class = KINDS[wanted.kind]
-    if "weights" in wanted.places or wanted.name != "instantid":
-        pipe = pipeline_class.from_pipe(stock, wanted.place("weights"), providers=providers, **given)
-    else:
+    if wanted.is_public_instantid:
         pipe = pipeline_class.from_pipe(stock, **given)
-        pipe.settings = Settings(
-            name="InstantID", kind="instantid", steps=30, guidance=5.0, about={"license": INSTANTID.licence}
-        )
-    if wanted.base in BASES and (wanted.base_was_chosen or wanted.name == "instantid"):
+        about = {"license": INSTANTID.licence}
+        pipe.settings = Settings(name="InstantID", kind="instantid", steps=30, guidance=5.0, about=about)
+    else:
+        pipe = pipeline_class.from_pipe(stock, wanted.place("weights"), providers=providers, **given)
+    if wanted.base in BASES and (wanted.base_was_chosen or wanted.is_public_instantid):
         how = BASES[wanted.base]
         pipe.settings = replace(pipe.settings, steps=how.steps, guidance=how.guidance)
         if how.turbo:  # "DPM++ SDE Karras" as diffusers has it: one call of the UNet a step
@@ -565,7 +574,7 @@ def _load_base(wanted: Plan, dtype: torch.dtype) -> StableDiffusionXLPipeline:
                 str(place), config=str(wanted.place("base_configs")), torch_dtype=dtype, local_files_only=True
             )
     ours = {}
-    if wanted.name == "instantid":
+    if wanted.is_public_instantid:
         ours["ffrnet"] = wanted.place("weights") / "ControlNetModel"
     else:
         names = checks.OUR_CLASSES[wanted.kind]
@@ -596,7 +605,7 @@ def _check_single_file(path: Path) -> None:
 def _load_parts(wanted: Plan, stock: Any, dtype: torch.dtype, providers: tuple[str, ...]) -> dict[str, Any]:
     """The components that do not lie in the folder of the weights."""
     given: dict[str, Any] = {}
-    if wanted.name == "instantid":
+    if wanted.is_public_instantid:
         place = wanted.place("weights")
         given["mixer"] = FaceAdapter.from_instantid(place / "ip-adapter.bin", stock.unet).to(dtype)
         with _reading(wanted.name, "ControlNetModel"):
@@ -611,11 +620,9 @@ def _load_parts(wanted: Plan, stock: Any, dtype: torch.dtype, providers: tuple[s
         given["face_analyser"] = FaceAnalyser.from_pretrained(pack, providers=providers)
     if "head" in wanted.places:
         with _reading(wanted.name, "head model"):
-            given["head_model"] = LinearHeadModel.from_pretrained(wanted.place("head"))
+            given["head_model"] = read_head(wanted.place("head"))
     elif "head" in wanted.sources:
-        from .heads import gnm
-
-        landmarks = HEAD_LANDMARKS.cached(HEAD_LANDMARKS.files[0])
+        landmarks = wanted.place("head_landmarks") / Path(HEAD_LANDMARKS.files[0].path).name
         given["head_model"] = gnm.read(wanted.place("head") / HEAD.files[0].path, landmarks)
     return given
 

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from .faces import FaceAnalyser, Recogniser
 from .ffrnet import FFRNet
-from .heads import LinearHeadModel
+from .heads import from_pretrained as read_head
 from .images import InputError
 from .instantid import FaceAdapter
 from .mixer import FacialAttributeMixer
@@ -205,7 +205,7 @@ def _other(name: str, place: Path) -> Part:
         elif name == "face_analyser":
             FaceAnalyser.from_pretrained(place)
         elif name == "head_model":
-            LinearHeadModel.from_pretrained(place)
+            read_head(place)
         else:
             Recogniser(place / SCORER_NAME)
     except InputError as error:

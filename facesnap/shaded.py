@@ -11,7 +11,7 @@ import importlib.util
 import numpy as np
 from scipy.spatial import Delaunay
 
-from .heads import Head, LinearHeadModel
+from .heads import Head, HeadModel
 from .images import InputError
 from .predictor import letterbox
 
@@ -26,7 +26,7 @@ def available() -> bool:
     return importlib.util.find_spec("pytorch3d") is not None
 
 
-def triangles(model: LinearHeadModel) -> np.ndarray:
+def triangles(model: HeadModel) -> np.ndarray:
     """The surface (F, 3) between the 72 landmarks, by their indices, counter-clockwise seen from the camera."""
     mean = model.mean[:, :2]
     faces = Delaunay(mean).simplices
@@ -35,7 +35,7 @@ def triangles(model: LinearHeadModel) -> np.ndarray:
     return np.where(clockwise[:, None], faces[:, ::-1], faces)
 
 
-def vertices(model: LinearHeadModel, head: Head, size: tuple[int, int]) -> np.ndarray:
+def vertices(model: HeadModel, head: Head, size: tuple[int, int]) -> np.ndarray:
     """The 72 landmarks (72, 3) in a picture of size (height, width): pixels, x right, y down, z to the camera."""
     flat = letterbox(model.project(head), head.size, size)
     scale = head.scale * min(size[0] / head.size[0], size[1] / head.size[1])
@@ -66,7 +66,7 @@ def to_ndc(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([x, y, depth / half], axis=1)
 
 
-def picture(model: LinearHeadModel, head: Head, size: tuple[int, int]) -> np.ndarray:
+def picture(model: HeadModel, head: Head, size: tuple[int, int]) -> np.ndarray:
     """The head of a preview (`PreviewResult.head`) as a shaded surface, RGB uint8 (height, width, 3).
 
     Raises:

@@ -4,12 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DPMSolverSinglestepScheduler, StableDiffusionPipeline
 from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
+from head_files import write_gnm
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import photo, tiny_unet
@@ -202,11 +204,57 @@ def test_small_files_are_fetched_unasked_and_checked(hub, made, monkeypatch):
         checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_encoder": lost}))
 
 
+def test_face_pack_is_unpacked_by_insightface_and_checked(pack, monkeypatch):
+    """Nested, as its archive is, and compared by content: a file of the right size may be another."""
+    kept = pack.rename(pack.with_name("kept"))
+
+    def unpack(kind, name, force):
+        assert (kind, name, force) == ("models", "antelopev2", True)
+        shutil.copytree(kept, pack)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "insightface_download", unpack)
+    source = checkpoints.FACE_PACK
+    assert source.cached(source.files[0]) is None
+    with pytest.raises(InputError, match="scrfd_10g_bnkps.onnx of antelopev2 did not arrive whole"):
+        checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_pack": source}), yes=True)
+    true = {file.path: checkpoints._sha256(source.cached(file)) for file in source.files}
+    right = replace(source, files=tuple(replace(file, sha256=true[file.path]) for file in source.files))
+    shutil.rmtree(pack)
+    checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_pack": right}), yes=True)
+    assert right.cached(right.files[0]).parent == pack / "antelopev2"
+
+
+def test_head_landmarks_come_from_github_at_a_commit_and_are_checked(tmp_path, monkeypatch):
+    source = checkpoints.HEAD_LANDMARKS
+    served = tmp_path / "web" / source.repo / source.revision / source.files[0].path
+    served.parent.mkdir(parents=True)
+    served.write_text("0 1 1 0 2 0\n" * 68)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "GITHUB", (tmp_path / "web").as_uri())
+    wanted = checkpoints.Plan("x", "facesnap", {}, {"head_landmarks": source})
+    with pytest.raises(InputError, match="could not be fetched .RuntimeError"):  # the hash is another
+        checkpoints.fetch(wanted)
+    assert source.cached(source.files[0]) is None
+    right = replace(source, files=(replace(source.files[0], sha256=checkpoints._sha256(served)),))
+    checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"head_landmarks": right}))
+    assert right.cached(right.files[0]).read_text() == served.read_text()
+
+
 # ---------------------------------------------------------------------- instantid
 
 
-def test_instantid_from_the_hub_cache_makes_a_portrait(full_hub):
-    pipe = checkpoints.load("instantid", device="cpu", head=HEAD)
+def test_instantid_from_the_hub_cache_makes_a_portrait(full_hub, tmp_path):
+    (tmp_path / "gnm").mkdir()
+    model, landmarks = write_gnm(tmp_path / "gnm")
+    (tmp_path / "gnm" / "v3_0").mkdir()
+    model.rename(tmp_path / "gnm" / "v3_0" / model.name)
+    checkpoints.HEAD_LANDMARKS.folder.mkdir(parents=True)
+    landmarks.rename(checkpoints.HEAD_LANDMARKS.folder / landmarks.name)
+    put(full_hub, checkpoints.HEAD.repo, checkpoints.HEAD.revision, tmp_path / "gnm")
+
+    pipe = checkpoints.load("instantid", device="cpu")
+    assert pipe.head_model.name == "GNM Head v3"
     assert type(pipe) is InstantIDPipeline and pipe.settings.kind == "instantid"
     assert isinstance(pipe.scheduler, DPMSolverSinglestepScheduler) and pipe.scheduler.config.use_karras_sigmas
     assert (pipe.settings.steps, pipe.settings.guidance) == (8, 2.0)  # as the turbo base wants it
@@ -263,6 +311,43 @@ def test_a_base_given_as_the_model_is_pointed_out(hub, made):
     put(hub, "someone/base", "main", made / "base")
     with pytest.raises(InputError, match="holds no FaceSnap weights; if it is a base model, give it as --base"):
         checkpoints.plan("someone/base")
+
+
+def test_of_a_base_on_the_hub_only_what_is_read_is_listed_and_at_its_commit(monkeypatch):
+    sizes = {
+        "model_index.json": 600,
+        "README.md": 9000,
+        "sd_xl_base_1.0.safetensors": 6_938_000_000,
+        "unet/config.json": 1700,
+        "unet/diffusion_pytorch_model.safetensors": 10_270_000_000,
+        "unet/diffusion_pytorch_model.fp16.safetensors": 5_135_000_000,
+        "unet/diffusion_pytorch_model.bin": 10_270_000_000,
+        "unet/model.onnx": 7_000_000,
+        "text_encoder/model.safetensors": 492_000_000,
+        "text_encoder/flax_model.msgpack": 492_000_000,
+        "tokenizer/merges.txt": 524_619,
+        "vae_1_0/diffusion_pytorch_model.safetensors": 334_000_000,
+    }
+
+    def model_info(self, repo, files_metadata):
+        files = [SimpleNamespace(rfilename=path, size=size) for path, size in sizes.items()]
+        return SimpleNamespace(siblings=files, sha="a" * 40, card_data={"license": "openrail++"})
+
+    monkeypatch.setattr("facesnap.checkpoints.HfApi.model_info", model_info)
+    source = checkpoints.listing("someone/sdxl", "base model")
+    assert (source.revision, source.licence) == ("a" * 40, "openrail++")
+    assert {file.path for file in source.files} == {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+    }
+    sizes |= {"pytorch_model.bin": 1}
+    for path in [path for path in sizes if not path.endswith((".bin", ".json"))]:
+        del sizes[path]
+    with pytest.raises(InputError, match="holds no safetensors weights"):
+        checkpoints.listing("someone/pickles", "base model")
 
 
 def test_lora_of_the_base(full_hub, made, tmp_path):

@@ -16,6 +16,7 @@ processor time, which other programs disturb least.
     the paper's form      FFRNet without text, but run on both halves
     FaceSnap, best, fast  ours: residuals shared by the halves; the presets of facesnap/speed.py
 
+Peak memory is of the GPU, the weights of all parts of FaceSnap included, in every row.
 The VAE decodes in the dtype of everything else: at float16 that stands for the VAE that was fixed for it.
 """
 
@@ -154,7 +155,7 @@ def make_pipeline(size: Size, device: str, dtype: torch.dtype) -> FaceSnapPipeli
     tokenizer = train_tokenizer([PROMPT])
     tokenizer.model_max_length = 77
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), default_dtype(dtype):  # never at float32 first, which would be twice the memory
         unet = make_unet(size)
         modules: dict[str, nn.Module] = {
             "unet": unet,
@@ -177,10 +178,20 @@ def make_pipeline(size: Size, device: str, dtype: torch.dtype) -> FaceSnapPipeli
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=scheduler,
-        **{name: module.to(dtype).eval().requires_grad_(False) for name, module in modules.items()},
+        **{name: module.eval().requires_grad_(False) for name, module in modules.items()},
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def weights_gb(pipe: FaceSnapPipeline) -> dict[str, float]:
@@ -365,12 +376,10 @@ def measure(
 ) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """(row, {"seconds", "cpu_seconds", "peak_gb"}: one value a turn), all rows of one memory mode."""
     cuda = device.startswith("cuda")
-    pipe = make_pipeline(size, "cpu", dtype)
-    if mode == "full":
-        pipe.to(device)
-    elif not hasattr(pipe, "set_memory"):
-        raise SystemExit(f"this FaceSnap has no memory mode {mode!r}; leave out --modes")
-    else:
+    pipe = make_pipeline(size, device if mode == "full" else "cpu", dtype)
+    if mode != "full":
+        if not hasattr(pipe, "set_memory"):
+            raise SystemExit(f"this FaceSnap has no memory mode {mode!r}; leave out --modes")
         pipe.set_memory(mode)
     if compiled:
         pipe.compile()

@@ -174,8 +174,8 @@ def attach(
         if picture is None or (len(picture), picture.device, picture.dtype) != (batch, device, dtype):
             picture = _rows(control, batch).to(device, dtype)
         # compiled code does not notice hooks that come later, and these two scales are hooks
-        hooked = (identity_scale, landmark_scale) != (1, 1)
-        with torch.compiler.set_stance("force_eager") if hooked else nullcontext():
+        unnoticed = (identity_scale, landmark_scale) != (1, 1) and _is_compiled(ffrnet)
+        with torch.compiler.set_stance("force_eager") if unnoticed else nullcontext():
             return ffrnet(
                 call["sample"][-batch:, : ffrnet.config.in_channels].to(dtype),
                 timestep[-batch:] if timestep.ndim else timestep,
@@ -228,8 +228,12 @@ class _Once(nn.Module):
 def _can_be_kept(ffrnet: FFRNet) -> bool:
     """Whether the drawing's embedding may be skipped: not where hooks of group offloading count on every module
     being called, nor inside a graph that was compiled with it."""
-    compiled = isinstance(ffrnet, torch._dynamo.OptimizedModule) or ffrnet._compiled_call_impl is not None
-    return not compiled and not any(hasattr(m, "_diffusers_hook") for m in ffrnet.controlnet_cond_embedding.modules())
+    whole = hasattr(ffrnet, "_orig_mod") or ffrnet._compiled_call_impl is not None
+    return not whole and not any(hasattr(m, "_diffusers_hook") for m in ffrnet.controlnet_cond_embedding.modules())
+
+
+def _is_compiled(ffrnet: FFRNet) -> bool:
+    return hasattr(ffrnet, "_orig_mod") or any(m._compiled_call_impl is not None for m in ffrnet.modules())
 
 
 def _rows(x: Tensor, batch: int) -> Tensor:

@@ -635,6 +635,41 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             speed=speed,
         )
 
+    @contextmanager
+    def attached_to(
+        self,
+        pipeline: Any,
+        reference: Source | Sequence[Source],
+        pose: Source | Head | None = None,
+        size: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Iterator[PreviewResult]:
+        """While the block lasts, another SDXL pipeline follows the face and the pose, whatever else it does.
+
+            with pipe.attached_to(stock, "me.jpg", "front"):
+                stock("a watercolor of a person", image=picture, strength=0.6)
+
+        Args:
+            pipeline: a stock pipeline (image-to-image, inpainting, …) whose UNet has our base's shape; an
+                inpainting UNet's further channels do not matter. It may share this pipeline's modules.
+            reference, pose, size: as in `preview`; `size` is that of the picture that `pipeline` makes.
+            options: of `facesnap.ffrnet.attach`, such as identity_scale or variant.
+        """
+        variant = options.setdefault("variant", self.settings.variant)
+        preview = self.preview(reference, pose, size, variant=variant)
+        mixed = self.mix(preview.reference_faces)
+        with attach(
+            pipeline.unet,
+            self.ffrnet,
+            tokens=mixed.tokens,
+            pooled=mixed.pooled,
+            control=_control(preview.drawing).to(mixed.tokens),
+            guidance=lambda: pipeline.do_classifier_free_guidance,
+            num_steps=lambda: pipeline.num_timesteps,
+            **options,
+        ):
+            yield preview
+
     def compile(self, **options: Any) -> None:
         """UNet and FFRNet through torch.compile, block by block; never done unless asked for.
 

@@ -1,15 +1,19 @@
 """What is kept between steps changes nothing; what is left out is left out, and only where it was asked for."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverSinglestepScheduler, HeunDiscreteScheduler
 from diffusers.callbacks import SDXLCFGCutoffCallback
+from test_evaluation import ledger_of
 from test_ffrnet import call, face
 from tiny import photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
+from facesnap.evaluation import speed
+from facesnap.evaluation.__main__ import parse
 from facesnap.ffrnet import attach
 from facesnap.images import InputError
 from facesnap.pipeline import FaceSnapPipeline
@@ -284,3 +288,27 @@ def test_explicit_values_win_over_the_preset():
     assert chosen("fast", ffrnet_every=3) == Speed(3, 1.0, PRESETS["fast"].guidance_end)
     assert chosen(None, guidance_end=0.0) == Speed(guidance_end=0.0)
     assert chosen("fast", ffrnet_every=None) == PRESETS["fast"]
+
+
+# ---------------------------------------------------------------------- its price in likeness
+
+
+def test_a_presets_difference_to_best_is_that_of_the_same_portraits():
+    rows, requests, gallery = ledger_of("perfect")
+    missed, _, _ = ledger_of("faceless")
+    for n in range(len(requests)):
+        rows[f"best {n}"], rows[f"fast {n}"] = rows.pop(f"portrait {n}"), missed[f"portrait {n}"]
+    for row in rows.values():
+        if "wanted" in row:
+            row["wanted"] = {"style": row["wanted"]["style"]}
+    results = speed.summary(SimpleNamespace(rows=rows), requests, gallery)
+    assert results["best"]["identity_retention"] == pytest.approx(1)
+    assert results["fast"]["identity_retention"] == pytest.approx(0)
+    assert (results["best"]["retention_minus_best"], results["fast"]["retention_minus_best"]) == pytest.approx((0, -1))
+    assert results["fast"]["retention_minus_best_95"] == pytest.approx((-1, -1))
+    assert any("minus best" in name for name, _, _ in speed.lines(results))
+
+
+def test_the_evaluations_command_for_presets():
+    arguments = parse("speed --model assets/mini --people 20 --poses 2 --out presets.json".split())
+    assert (arguments.command, arguments.people, arguments.gallery) == ("speed", 20, 200)

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -122,7 +121,9 @@ def add_lora(unet: nn.Module, rank: int, layers: tuple[str, ...] = LAYERS) -> No
 
 def save(unet: nn.Module, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """The UNet's LoRA as `folder/pytorch_lora_weights.safetensors`, in diffusers' format."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    # peft's own names, one form for all layers: `convert_state_dict_to_diffusers` renames those of attention only, and
+    # a file with both forms loads without them
+    layers = get_peft_model_state_dict(unet)
     layers = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in layers.items()}
     StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
@@ -133,10 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the LoRA")
     parser.add_argument("--model", default="assets/mini", help="an SDXL checkpoint's folder, the base of the LoRA")
     parser.add_argument("--work", type=Path, help="checkpoints, for going on after a stop (default: OUT.work)")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--size", type=int, default=256, help="of the pictures, pixels")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=6)
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # two can corrupt the heap in bfloat16 convolutions on a CPU

@@ -817,6 +817,7 @@ def load(model: str, lora: str | None = None) -> Any:
     pipeline = FaceSnapPipeline.from_pretrained(model)
     if lora is not None:
         pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
 
 

@@ -97,7 +97,7 @@ def build(
     on_gpu = spaces.GPU(duration=gpu_seconds) if spaces else (lambda generator: generator)
     studio = Studio(pipeline, on_gpu=on_gpu, allowed=allowed, most_waiting=most_waiting)
     with gr.Blocks(title="FaceSnap", analytics_enabled=False, delete_cache=(300, 3000)) as demo:
-        Page(studio, examples(ASSETS / "examples"))
+        Page(studio, ASSETS)
         add_endpoints(studio)
     return demo
 
@@ -112,12 +112,14 @@ class Page:
     QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     SOURCES = ["upload", "webcam", "clipboard"]
 
-    def __init__(self, studio: Studio, shelf: list[dict[str, str]]) -> None:
-        self.studio, self.settings, self.shelf = studio, studio.pipeline.settings, shelf
+    def __init__(self, studio: Studio, assets: Path) -> None:
+        self.studio, self.settings = studio, studio.pipeline.settings
+        self.shelf, self.templates = examples(assets / "examples"), assets / "templates"
         self.form: dict[str, Any] = {}
         # Sliders ask for a preview many times a second: what a visitor's photos say is remembered until they leave.
         self.faces = gr.Cache(max_size=64, per_session=True)
-        self.shown: dict[int, tuple[bytes, dict[str, Any]]] = {}  # portraits of the examples, once made
+        # What the examples show, once made: updates of the page, the PNG file's bytes and the report.
+        self.shown: dict[int, tuple[dict[Any, str], bytes, dict[str, Any]]] = {}
 
         gr.HTML(views.HEAD)
         with gr.Row(equal_height=False, elem_id="columns"):
@@ -130,7 +132,7 @@ class Page:
                     gr.HTML(views.heading("Preview", "follows every change"))
                     self.preview = gr.HTML(views.PREVIEW_EMPTY, elem_id="preview")
                 self._result_card()
-                if shelf:
+                if self.shelf:
                     self._example_card()
         gr.HTML(views.FOOT)
         self._wire()
@@ -375,19 +377,19 @@ class Page:
             running.append(
                 self.gallery.select(
                     self.show_example,
-                    outputs=[*self.results, *(form[name] for name in ("references", "pose", "prompt", "style"))],
+                    outputs=[
+                        *self.results,
+                        *(form[name] for name in ("references", "pose", "prompt", "style")),
+                        *(self.seen, self.preview),
+                    ],
                     concurrency_id="portrait",
                     concurrency_limit=MOST_AT_ONCE,
                     **self.QUIET,
                 )
             )
-        self.stop.click(
-            lambda: {**self._say(views.note("Stopped.")), **self._busy(False), self.stage: views.STAGE_EMPTY},
-            outputs=[self.status, self.go, self.stop, self.stage],
-            cancels=running,
-            queue=False,
-            **self.QUIET,
-        )
+        stopped = {"fn": self.show_stopped, "outputs": [self.status, self.stage, self.go, self.stop], "queue": False}
+        # Twice, because a step that was on its way when Stop was pressed may arrive after the first.
+        self.stop.click(**stopped, cancels=running, **self.QUIET).then(**stopped, **self.QUIET)
         # On a phone the result lies below the button: go there when the work begins, and only then.
         self.status.change(None, js=SCROLL_TO_RESULT, **self.QUIET)
         self.pictures.select(
@@ -435,7 +437,7 @@ class Page:
             return seen, views.PREVIEW_WAITS
         try:
             look = self.studio.look(Sitting(**values), self.read)
-            return seen, views.preview(look, values["pose"], ASSETS / "templates")
+            return seen, views.preview(look, values["pose"], self.templates)
         except Exception as error:
             return seen, views.note(words(error), error=True)
 
@@ -470,37 +472,44 @@ class Page:
                     references=(row["reference"],), pose=row["pose"], prompt=row["prompt"], style=row["style"],
                     consent=True, seed=EXAMPLE_SEED,
                 )  # fmt: skip
-                for update, portrait in self._made(order):
-                    if portrait:
-                        self.shown[event.index] = Path(portrait.path).read_bytes(), portrait.report
+                looks: dict[Any, str] = {}
+                for update, made in self._made(order):
+                    if isinstance(made, Look):
+                        looks[self.seen] = views.seen(made.references)
+                        looks[self.preview] = views.preview(made, row["pose"], self.templates)
+                        update |= looks
+                    elif isinstance(made, Portrait):
+                        self.shown[event.index] = looks, Path(made.path).read_bytes(), made.report
                     yield update
             else:
-                with closing(self.studio.keep(*self.shown[event.index])) as kept:
+                looks, png, report = self.shown[event.index]
+                with closing(self.studio.keep(png, report)) as kept:
                     for portrait in kept:
-                        yield self._done([portrait.path], portrait.report, last=True)
+                        yield looks | self._done([portrait.path], portrait.report, last=True)
         except Exception as error:
             yield self._failed(error)
 
-    def _made(self, order: Order) -> Iterator[tuple[dict[Any, Any], Portrait | None]]:
-        """Updates of the page while an order is made, each with the portrait if one was finished."""
+    def show_stopped(self) -> dict[Any, Any]:
+        return {**self._say(views.note("Stopped.")), **self._busy(False), self.stage: views.STAGE_EMPTY}
+
+    def _made(self, order: Order) -> Iterator[tuple[dict[Any, Any], Look | Waiting | Step | Portrait]]:
+        """What happens while an order is made, each with the updates of the page that show it."""
         paths: list[str] = []
         began = time.perf_counter()
         with closing(self.studio.make(order, self.read)) as events:
             for event in events:
-                match event:
-                    case Look():
-                        update = self._say(views.working("Starting…"))
-                        update[self.stage] = views.stage_working(event.result.drawing)
-                        yield update, None
-                    case Waiting():
-                        yield self._say(views.waiting(event.ahead)), None
-                    case Step():
-                        a_step = (time.perf_counter() - began) / event.done
-                        yield self._say(views.steps(event.done, event.of, event.number, order.count, a_step)), None
-                        continue  # the clock runs from before the first step
-                    case Portrait():
-                        paths.append(event.path)
-                        yield self._done(paths, event.report, last=len(paths) == order.count), event
+                if isinstance(event, Step):  # the clock runs from before the first step
+                    a_step = (time.perf_counter() - began) / event.done
+                    yield self._say(views.steps(event.done, event.of, event.number, order.count, a_step)), event
+                    continue
+                if isinstance(event, Look):
+                    drawing = {self.stage: views.stage_working(event.result.drawing)}
+                    yield self._say(views.working("Starting…")) | drawing, event
+                elif isinstance(event, Waiting):
+                    yield self._say(views.waiting(event.ahead)), event
+                else:
+                    paths.append(event.path)
+                    yield self._done(paths, event.report, last=len(paths) == order.count), event
                 began = time.perf_counter()
 
     def _say(self, text: str) -> dict[Any, Any]:
@@ -538,11 +547,20 @@ class Page:
 
 def add_endpoints(studio: Studio) -> None:
     """/preview and /generate, on components that are never shown: the page can change and they do not."""
+    # Photos are single inputs and no list: agents can hand over files only so.
+    photos = ("reference", "reference_2", "reference_3", "reference_4")
+
+    def as_fields(given: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in given.items() if name not in photos and name != "as_fields"}
+        return rest | {"references": tuple(given[name] for name in photos if given[name] is not None)}
 
     def preview(
-        references: list[str],
+        reference: str | None = None,
         pose: str = OWN_POSE,
         pose_photo: str | None = None,
+        reference_2: str | None = None,
+        reference_3: str | None = None,
+        reference_4: str | None = None,
         expression: str = "pose",
         expression_strength: float = 1.0,
         yaw: float = 0.0,
@@ -555,9 +573,12 @@ def add_endpoints(studio: Studio) -> None:
         """The 72 landmarks that a portrait would follow. Takes a fraction of a second.
 
         Parameters:
-            references: One to four photos of one person: JPEG, PNG or WebP, each at most 10 MB and 25 megapixels.
+            reference: A photo of the person: JPEG, PNG or WebP, at most 10 MB and 25 megapixels.
             pose: "as in the photo", "another photo", or a template's name: "front", "quarter-left" and so on.
             pose_photo: A photo of anybody in the wanted pose; used where pose is "another photo".
+            reference_2: Another photo of the same person; more photos help the likeness.
+            reference_3: A third photo of the same person.
+            reference_4: A fourth photo of the same person.
             expression: Whose expression the face shows: "pose", "reference" or "neutral".
             expression_strength: Weight of that expression, 0 to 2.
             yaw: Degrees by which the pose is turned further, -45 to 45; above 0 to the picture's right.
@@ -572,7 +593,7 @@ def add_endpoints(studio: Studio) -> None:
         """
         given = dict(locals())
         try:
-            look = studio.look(Sitting(**{name: given[name] for name in Sitting.__dataclass_fields__}))
+            look = studio.look(Sitting(**as_fields(given)))
         except Exception as error:
             raise gr.Error(words(error), print_exception=False) from None
         drawn, faces = look.result.drawing, [reading.face for reading in look.references]
@@ -586,11 +607,14 @@ def add_endpoints(studio: Studio) -> None:
         }
 
     def generate(
-        references: list[str],
-        prompt: str,
-        consent: bool,
+        reference: str | None = None,
+        prompt: str = "",
+        consent: bool = False,
         pose: str = OWN_POSE,
         pose_photo: str | None = None,
+        reference_2: str | None = None,
+        reference_3: str | None = None,
+        reference_4: str | None = None,
         style: str = NO_STYLE,
         negative_prompt: str = "",
         preset: str = "best",
@@ -613,11 +637,14 @@ def add_endpoints(studio: Studio) -> None:
         """Portraits of the person in the photos. Answers once a step; the last answer holds all portraits.
 
         Parameters:
-            references: One to four photos of one person: JPEG, PNG or WebP, each at most 10 MB and 25 megapixels.
+            reference: A photo of the person: JPEG, PNG or WebP, at most 10 MB and 25 megapixels.
             prompt: What the portrait shows: clothes, place, light, glasses or a hat.
             consent: Must be true: the people in the photos are you, or they agreed to this.
             pose: "as in the photo", "another photo", or a template's name: "front", "quarter-left" and so on.
             pose_photo: A photo of anybody in the wanted pose; used where pose is "another photo".
+            reference_2: Another photo of the same person; more photos help the likeness.
+            reference_3: A third photo of the same person.
+            reference_4: A fourth photo of the same person.
             style: A style's name, as on the page: "photo", "pencil sketch" and so on; "no style" adds no words.
             negative_prompt: What should not be in the portrait.
             preset: "best" or "fast".
@@ -643,7 +670,7 @@ def add_endpoints(studio: Studio) -> None:
         given = dict(locals())
         paths: list[str] = []
         try:
-            order = Order(**{name: given[name] for name in Order.__dataclass_fields__})
+            order = Order(**as_fields(given))
             with closing(studio.make(order)) as events:
                 for event in events:
                     if isinstance(event, Step):
@@ -663,8 +690,10 @@ def add_endpoints(studio: Studio) -> None:
     numbers |= dict.fromkeys(("expression_strength", "head_size", "identity_strength", "landmark_strength", "count"), 1)
     with gr.Row(visible=False):
         boxes: dict[str, Any] = {
-            "references": photos_input(gr.File(file_count="multiple", label="references")),
-            "pose_photo": photo_input(gr.Image(type="filepath", image_mode=None, label="pose_photo")),
+            **{
+                name: photo_input(gr.Image(type="filepath", image_mode=None, label=name))
+                for name in (*photos, "pose_photo")
+            },
             "consent": raw(gr.Checkbox(False, label="consent")),
             "seed": raw(gr.Number(-1, precision=0, label="seed")),
             **{name: raw(gr.Textbox(value, label=name)) for name, value in texts.items()},
@@ -688,12 +717,13 @@ def add_endpoints(studio: Studio) -> None:
 
 
 def validate(names: list[str]) -> Callable[..., list[dict[str, Any]]]:
-    """Before the queue: a missing photo or consent is said at its field. `Order.check` says it once more."""
+    """Before the queue: a missing photo (the first of the names) or consent is said at its field. `Order.check` says
+    it once more."""
 
     def check(*values: Any) -> list[dict[str, Any]]:
         given = dict(zip(names, values, strict=True))
         verdicts = {
-            "references": gr.validate(bool(given["references"]), NO_REFERENCE),
+            names[0]: gr.validate(bool(values[0]), NO_REFERENCE),
             "consent": gr.validate(given["consent"] is True, NO_CONSENT),
         }
         return [verdicts.get(name, gr.validate(True, "")) for name in names]
@@ -787,6 +817,7 @@ def load(model: str, lora: str | None = None) -> Any:
     pipeline = FaceSnapPipeline.from_pretrained(model)
     if lora is not None:
         pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
 
 

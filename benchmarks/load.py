@@ -41,7 +41,7 @@ class Visitor:
 
     def ask(self, what: str, **arguments: object) -> None:
         began = time.perf_counter()
-        body = {"references": [self.photo], "pose": self.rng.choice(POSES), **arguments}
+        body = {"reference": self.photo, "pose": self.rng.choice(POSES), **arguments}
         joined = self.http.post(f"/gradio_api/call/v2/{what}", json=body)
         last = joined.text
         if joined.status_code == 200:

@@ -388,7 +388,11 @@ def marked(picture: Image.Image) -> np.ndarray:
         return pixels
     encoder = WatermarkEncoder()
     encoder.set_watermark("bytes", MARK.encode())
-    return np.ascontiguousarray(encoder.encode(np.ascontiguousarray(pixels[..., ::-1]), "dwtDct")[..., ::-1])
+    encoded = encoder.encode(np.ascontiguousarray(pixels[..., ::-1]), "dwtDct")[..., ::-1]
+    # The library lets bytes overflow, which shows as speckles: such a pixel stays as it was. The text is repeated all
+    # over the picture, so that it is still read.
+    speckles = np.abs(encoded.astype(int) - pixels).max(axis=2, keepdims=True) > 40
+    return np.ascontiguousarray(np.where(speckles, pixels, encoded))
 
 
 def _notes(report: dict[str, Any]) -> dict[str, str]:

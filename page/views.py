@@ -148,8 +148,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['width']} × {report['height']}, {report['seconds']['making']:.1f} s on {on}"
     )
     return (
-        f'<dl class="fs-summary" role="status">{"".join(rows)}'
-        f"<div><dt>Made by</dt><dd>{html.escape(made_by)}</dd></div></dl>{notes(report['notes'])}"
+        f'<div role="status"><dl class="fs-summary">{"".join(rows)}'
+        f"<div><dt>Made by</dt><dd>{html.escape(made_by)}</dd></div></dl>{notes(report['notes'])}</div>"
     )
 
 

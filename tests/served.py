@@ -91,7 +91,7 @@ def page(pipe, tmp_path_factory):
         patch.setattr(app, "ASSETS", assets)
         demo = app.build(slow, most_waiting=MOST_WAITING)
         _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
-        yield SimpleNamespace(url=url, pipe=slow)
+    yield SimpleNamespace(url=url, pipe=slow)
     demo.close()
 
 

@@ -19,7 +19,7 @@ from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
 from facesnap.ffrnet import attach
 from facesnap.images import InputError
-from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline
+from facesnap.pipeline import BASE_PARTS, SCHEDULERS, FaceSnapPipeline
 
 ALICE, BOB = photo(1), photo(2)
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -158,6 +158,33 @@ def test_expression_can_be_weakened(pipe):
     assert np.abs(strong - none).max() > 0.1
 
 
+def test_expression_of_the_pose_of_the_reference_or_none(pipe):
+    def mouth(**options):
+        return pipe.preview(ALICE, BOB, **options).landmarks
+
+    posed, own, neutral = (mouth(expression=name) for name in ("pose", "reference", "neutral"))
+    assert np.abs(posed - own).max() > 0.1 and np.abs(own - neutral).max() > 0.1
+    assert np.array_equal(neutral, mouth(expression_strength=0))
+    assert np.array_equal(pipe.preview(ALICE, expression="reference").landmarks, pipe.preview(ALICE).landmarks)
+
+
+def test_a_pose_can_be_turned_and_resized(pipe):
+    straight = pipe.preview(ALICE, "front").landmarks
+    np.testing.assert_allclose(pipe.preview(ALICE, "front", yaw=-20).landmarks,
+                               pipe.preview(ALICE, "quarter-left").landmarks, atol=0.5)  # fmt: skip
+    half = pipe.preview(ALICE, "front", head_size=0.5).landmarks
+    assert np.ptp(half[:, 1]) == pytest.approx(0.5 * np.ptp(straight[:, 1]), rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "DPM++ SDE, stochastic"])
+def test_samplers_by_name_work_for_this_call_only(pipe, name):
+    before = state(pipe)
+    out = portrait(pipe, scheduler=name, num_inference_steps=3)
+    assert out.scheduler == SCHEDULERS[name][0].__name__
+    assert np.array_equal(pixels(out), pixels(portrait(pipe, scheduler=name, num_inference_steps=3)))
+    assert state(pipe) == before
+
+
 def test_references_are_one_set_of_which_every_photo_counts(pipe):
     pose = photo(3)
     two = pixels(portrait(pipe, reference=[ALICE, photo(1, 1)], pose=pose))
@@ -207,6 +234,7 @@ def test_identity_score_is_none_where_there_is_no_face(pipe):
         ({"guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"identity_scale": 3}, "identity scale is 3; choose a number from 0 to 2"),
         ({"expression_strength": -0.1}, "expression strength is -0.1"),
+        ({"scheduler": "Euler b"}, "no sampler 'Euler b'; choose DPM"),
         ({"num_images_per_prompt": 0}, "number of pictures for a prompt is 0"),
         ({"seed": -1}, "seed is -1; choose a whole number from 0"),
         ({"prompt": None}, "There is no prompt"),
@@ -224,6 +252,20 @@ def test_identity_score_is_none_where_there_is_no_face(pipe):
 def test_refused_with_a_sentence(pipe, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         portrait(pipe, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"expression": "angry"}, "no expression 'angry'; choose pose, reference or neutral"),
+        ({"yaw": 90}, "yaw is 90; choose a number from -60.0 to 60.0"),
+        ({"head_size": 0}, "head size is 0; choose a number from 0.5 to 2"),
+        ({"pose": np.zeros((72, 2), np.float32), "roll": 5}, "followed as they are"),
+    ],
+)
+def test_previews_are_refused_with_a_sentence(pipe, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        pipe.preview(ALICE, **arguments)
 
 
 def test_empty_prompt_is_a_prompt(pipe):

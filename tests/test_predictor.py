@@ -138,6 +138,18 @@ def test_a_turning_head_stays_in_its_place(predictor):
         assert (points > 150).all() and (points < 850).all()
 
 
+def test_a_pose_is_turned_further_and_resized_in_its_place(predictor):
+    """Angles add up, the size multiplies, the face stays; and turning back gives the head again."""
+    head = predictor.from_numbers(yaw=10, pitch=-5, roll=8, size=(1000, 1000))
+    turned = predictor.turned(head, yaw=20, pitch=5, roll=-3, head_size=0.8)
+    assert np.allclose(turned.angles, [30, 0, 5], atol=1e-4)
+    assert turned.scale == pytest.approx(0.8 * head.scale)
+    same = predictor.from_numbers(yaw=30, pitch=0, roll=5, head_size=0.8 * 0.37, size=(1000, 1000))
+    assert np.allclose(predictor.model.project(turned), predictor.model.project(same), atol=0.5)
+    back = predictor.turned(turned, yaw=-20, pitch=-5, roll=3, head_size=1.25)
+    assert np.allclose(predictor.model.project(back), predictor.model.project(head), atol=1e-2)
+
+
 def test_expressions_by_name_and_strength(predictor):
     half = predictor.from_numbers(expression={"smile": 1.0, "blink": 0.5}, strength=0.5)
     assert np.allclose(half.expression, [0.5, 0, 0, 0.25])

@@ -19,11 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from facesnap.evaluation.report import commit, machine
-from facesnap.pipeline import FaceSnapPipeline
-from facesnap.training.identity import IdentityConfig
-from facesnap.training.mini import Run, diffusion_stage, load_parts
-from facesnap.training.trainer import Trainer, TrainerConfig
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
+
+from facesnap.evaluation.report import commit, machine  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.training.identity import IdentityConfig  # noqa: E402
+from facesnap.training.mini import Run, diffusion_stage, load_parts  # noqa: E402
+from facesnap.training.trainer import Trainer, TrainerConfig  # noqa: E402
 
 ARMS = ("without", "with")
 
@@ -62,7 +65,7 @@ def evaluate(args: argparse.Namespace, model: Path, report: Path) -> dict:
                     os.link(picture, work / picture.name)
         command = [sys.executable, "-m", "facesnap.evaluation", "--model", str(model), "--out", str(report)]
         command += ["--people", str(args.people), "--poses", str(args.poses), "--seed", "0", "--device", args.device]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return json.loads(report.read_text())["results"]
 
 

@@ -34,14 +34,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from facesnap.evaluation.report import commit, machine
-from facesnap.ffrnet import FFRNet, attach
-from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import FaceSnapPipeline
-from facesnap.training.identity import Block, IdentityLoss, IResNet
-from facesnap.training.losses import add_noise, diffusion_target
-from facesnap.training.portraits import Cache, PortraitStage
-from facesnap.training.trainer import Batch, Trainer, TrainerConfig
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
+
+from facesnap.evaluation.report import commit, machine  # noqa: E402
+from facesnap.ffrnet import FFRNet, attach  # noqa: E402
+from facesnap.mixer import FacialAttributeMixer  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.training.identity import Block, IdentityLoss, IResNet  # noqa: E402
+from facesnap.training.losses import add_noise, diffusion_target  # noqa: E402
+from facesnap.training.portraits import Cache, PortraitStage  # noqa: E402
+from facesnap.training.trainer import Batch, Trainer, TrainerConfig  # noqa: E402
 
 STEPS = (1, 2, 4, 8)
 FACE = np.array([[0.38, 0.40], [0.62, 0.40], [0.50, 0.52], [0.41, 0.64], [0.59, 0.64]])  # of a picture's side

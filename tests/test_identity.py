@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from tiny import TOKEN_DIM, tiny_ffrnet, tiny_mixer, tiny_unet, tiny_vae
 from torch import nn
 
+from benchmarks.training import LiveBytes
 from facesnap.faces import align
 from facesnap.ffrnet import attach
 from facesnap.training import facenets, identity
@@ -272,6 +273,26 @@ def test_checkpointing_changes_no_gradient(world, monkeypatch):
     without = gradients(world)
     for name, gradient in with_.items():
         torch.testing.assert_close(gradient, without[name], atol=1e-6, rtol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_steps(world, monkeypatch):
+    """Bytes of all tensors that live at a time, weights and their gradients left out."""
+    unet, ffrnet, mixer, loss = world
+    modules = (unet, ffrnet, mixer, loss.vae, loss.recogniser)
+
+    def peak(steps: int) -> int:
+        for p in [*mixer.parameters(), *ffrnet.parameters()]:
+            p.grad = torch.zeros_like(p)
+        known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        with LiveBytes([*known, *(p.grad for p in known if p.grad is not None)]) as live:
+            values, _ = branch(world, steps=steps, batch=1)
+            values.mean().backward()
+        gradients(world)
+        return live.peak
+
+    assert peak(8) <= 1.15 * peak(1)
+    monkeypatch.setattr(identity, "checkpoint", lambda f, *args, use_reentrant, preserve_rng_state: f(*args))
+    assert peak(8) > 1.5 * peak(1)  # the measure sees what checkpointing spares
 
 
 def test_a_step_along_the_gradient_brings_the_face_closer(world):

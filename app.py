@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -445,7 +445,7 @@ class Page:
         options = preset(name, self.settings)
         return options["num_inference_steps"], options["guidance_scale"]
 
-    def show_portrait(self, *values: Any) -> Iterator[dict[Any, Any]]:
+    def show_portrait(self, *values: Any) -> Generator[dict[Any, Any]]:
         """The work from the button to the last picture, as updates of the result card."""
         yield {**self._say(views.working("Reading the photos…")), **self._busy(True)}
         try:
@@ -457,7 +457,7 @@ class Page:
         except Exception as error:
             yield self._failed(error)
 
-    def show_example(self, event: gr.SelectData) -> Iterator[dict[Any, Any]]:
+    def show_example(self, event: gr.SelectData) -> Generator[dict[Any, Any]]:
         """Fills the form with an example and shows its portrait, which is made for the first visitor who asks."""
         row, form = self.shelf[event.index], self.form
         filled = {
@@ -492,7 +492,7 @@ class Page:
     def show_stopped(self) -> dict[Any, Any]:
         return {**self._say(views.note("Stopped.")), **self._busy(False), self.stage: views.STAGE_EMPTY}
 
-    def _made(self, order: Order) -> Iterator[tuple[dict[Any, Any], Look | Waiting | Step | Portrait]]:
+    def _made(self, order: Order) -> Generator[tuple[dict[Any, Any], Look | Waiting | Step | Portrait]]:
         """What happens while an order is made, each with the updates of the page that show it."""
         paths: list[str] = []
         began = time.perf_counter()
@@ -633,7 +633,7 @@ def add_endpoints(studio: Studio) -> None:
         count: int = 1,
         scheduler: str = OWN_SCHEDULER,
         seed: int = -1,
-    ) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    ) -> Generator[tuple[list[str], dict[str, Any]]]:
         """Portraits of the person in the photos. Answers once a step; the last answer holds all portraits.
 
         Parameters:
@@ -706,10 +706,11 @@ def add_endpoints(studio: Studio) -> None:
         pictures = gr.File(file_count="multiple", label="pictures")
         report = gr.JSON(label="report")
         trigger = gr.Button()
-    for function, outputs, options in (
+    endpoints: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = [
         (preview, [picture, report], {"concurrency_id": "preview"}),
         (generate, [pictures, report], {"concurrency_id": "portrait", "concurrency_limit": MOST_AT_ONCE}),
-    ):
+    ]
+    for function, outputs, options in endpoints:
         names = list(function.__annotations__)[:-1]
         if function is generate:
             options["validator"] = validate(names)

@@ -68,10 +68,10 @@ def summary(ledger: report.Ledger, requests: list[protocol.Request], gallery: li
 
     best, truth = likeness("best"), likeness("truth")
     for preset in PRESETS:
-        made = likeness(preset)
+        rows = likeness(preset)
 
-        def difference(i: np.ndarray, made: np.ndarray = made) -> float:
-            return metrics.retention(made[i], truth[i], strangers) - metrics.retention(best[i], truth[i], strangers)
+        def difference(i: np.ndarray, rows: np.ndarray = rows) -> float:
+            return metrics.retention(rows[i], truth[i], strangers) - metrics.retention(best[i], truth[i], strangers)
 
         results[preset]["retention_minus_best"] = difference(np.arange(len(requests)))
         results[preset]["retention_minus_best_95"] = metrics.interval(difference, people)

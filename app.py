@@ -551,7 +551,8 @@ def add_endpoints(studio: Studio) -> None:
     photos = ("reference", "reference_2", "reference_3", "reference_4")
 
     def as_fields(given: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in given.items() if name not in photos and name != "as_fields"}
+        """The arguments, out of a function's locals, which hold what it takes from around it as well."""
+        rest = {name: value for name, value in given.items() if name not in (*photos, "as_fields", "studio")}
         return rest | {"references": tuple(given[name] for name in photos if given[name] is not None)}
 
     def preview(

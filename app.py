@@ -550,7 +550,7 @@ def add_endpoints(studio: Studio) -> None:
     # Photos are single inputs and no list: agents can hand over files only so.
     photos = ("reference", "reference_2", "reference_3", "reference_4")
 
-    def fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    def fields(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of an endpoint → those of a Sitting or an Order."""
         paths = tuple(given[name] for name in photos if given[name] is not None)
         return {name: given[name] for name in kind.__dataclass_fields__ if name in given} | {"references": paths}

@@ -550,10 +550,10 @@ def add_endpoints(studio: Studio) -> None:
     # Photos are single inputs and no list: agents can hand over files only so.
     photos = ("reference", "reference_2", "reference_3", "reference_4")
 
-    def as_fields(given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, out of a function's locals, which hold what it takes from around it as well."""
-        rest = {name: value for name, value in given.items() if name not in (*photos, "as_fields", "studio")}
-        return rest | {"references": tuple(given[name] for name in photos if given[name] is not None)}
+    def fields(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of an endpoint → those of a Sitting or an Order."""
+        paths = tuple(given[name] for name in photos if given[name] is not None)
+        return {name: given[name] for name in kind.__dataclass_fields__ if name in given} | {"references": paths}
 
     def preview(
         reference: str | None = None,
@@ -594,7 +594,7 @@ def add_endpoints(studio: Studio) -> None:
         """
         given = dict(locals())
         try:
-            look = studio.look(Sitting(**as_fields(given)))
+            look = studio.look(Sitting(**fields(Sitting, given)))
         except Exception as error:
             raise gr.Error(words(error), print_exception=False) from None
         drawn, faces = look.result.drawing, [reading.face for reading in look.references]
@@ -671,7 +671,7 @@ def add_endpoints(studio: Studio) -> None:
         given = dict(locals())
         paths: list[str] = []
         try:
-            order = Order(**as_fields(given))
+            order = Order(**fields(Order, given))
             with closing(studio.make(order)) as events:
                 for event in events:
                     if isinstance(event, Step):

@@ -25,3 +25,11 @@ def tiny_readers(monkeypatch):
 
     monkeypatch.setattr("facesnap.pipeline.FaceAnalyser", TinyAnalyser)
     monkeypatch.setattr("facesnap.pipeline.Recogniser", TinyScorer)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """Rendered people as photographs, and the training shards made of them; for reading only."""
+    from photo_folder import prepare_once
+
+    return prepare_once(tmp_path_factory.mktemp("prepared"))

@@ -156,14 +156,16 @@ class PhotoShards(IterableDataset):
         """What goes into each batch of one of `parts` readers; the first `skipped` batches will not be opened."""
         waiting: dict[tuple[int, int], list[_Item]] = {}
         given = 0
-        by_shard = len(self.urls) >= parts  # each reader has shards of its own; else it has rows of every shard
+        by_shard = len(self.urls) >= parts  # each reader has shards of its own; else every shard is shared out
         for epoch in count():
-            some = False
+            some, turn = False, 0
             shards = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.urls))
             for number in shards[part::parts] if by_shard else shards:
                 shard = _Shard(self.urls[number])
                 rows = np.random.default_rng((self.config.seed, epoch, number)).permutation(len(shard.rows))
-                for row in rows if by_shard else rows[part::parts]:
+                if not by_shard:
+                    rows, turn = rows[(part - turn) % parts :: parts], turn + len(rows)
+                for row in rows:
                     some = True
                     size = self._bucket(*shard.rows[row]["size"])
                     references = self._references(shard, int(row), epoch)

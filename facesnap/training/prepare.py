@@ -77,9 +77,8 @@ def make_part(preparer: Preparer, out: Path, number: int, photos: Sequence[Photo
             for member in written:
                 key, _, kind = member.name.partition(".")
                 places[key][kind] = (member.offset_data, member.size)
-    embeddings = [unit(unit(s.arrays["embeddings"]).sum(axis=0)) for s in samples]
     with _replacing(embeddings_path) as draft, draft.open("wb") as stream:
-        np.save(stream, np.reshape(embeddings, (len(samples), -1)).astype(np.float16))
+        np.save(stream, np.array([unit(unit(s.arrays["embeddings"]).sum(axis=0)) for s in samples], np.float16))
     listed = [
         sample.about | {"box_side": float(max(sample.arrays["box"][2:] - sample.arrays["box"][:2])), "places": place}
         for sample, place in zip(samples, places.values(), strict=True)
@@ -103,6 +102,14 @@ class _replacing:
             os.replace(self.draft, self.path)
         else:
             self.draft.unlink(missing_ok=True)
+
+
+def load(options: Options, device: str, providers: Sequence[str]) -> Preparer:
+    """The nets; raises InputError where one cannot be loaded."""
+    try:
+        return Preparer(options, device, providers)
+    except (ValueError, OSError) as error:  # of transformers, and our own
+        raise InputError(str(error)) from error
 
 
 _settings: tuple[Options, str, Sequence[str]]  # of this process
@@ -133,7 +140,7 @@ def _start_worker(options: Options, device: str, providers: Sequence[str]) -> No
 def _work(*job: Any) -> int:
     global _preparer
     if _preparer is None:  # here and not above, where an error would only break the pool
-        _preparer = Preparer(*_settings)
+        _preparer = load(*_settings)
     return make_part(_preparer, *job)
 
 
@@ -146,12 +153,12 @@ def make_parts(args: argparse.Namespace, options: Options, out: Path, photos: Se
     jobs = [
         (out, number, some, {photo.name: captions[photo.name] for photo in some if photo.name in captions})
         for number, some in enumerate(parts)
-        if not part_files(out, number)[2].is_file()
+        if number % args.share[1] == args.share[0] and not part_files(out, number)[2].is_file()
     ]
-    done = len(photos) - sum(len(job[2]) for job in jobs)
-    with tqdm(total=len(photos), initial=done, unit="photo", smoothing=0.05) as bar:
+    total = sum(len(some) for some in parts[args.share[0] :: args.share[1]])
+    with tqdm(total=total, initial=total - sum(len(job[2]) for job in jobs), unit="photo", smoothing=0.05) as bar:
         if args.workers == 1 and jobs:
-            preparer = Preparer(options, args.device, args.providers)
+            preparer = load(options, args.device, args.providers)
             for job in jobs:
                 make_part(preparer, *job)
                 bar.update(len(job[2]))
@@ -291,6 +298,13 @@ def finish(
 # ---- the command -----------------------------------------------------------------------------------------------
 
 
+def _share(word: str) -> tuple[int, int]:
+    i, _, n = word.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{word!r} is no share: write 1/4 for the first of four")
+    return int(i) - 1, int(n)
+
+
 def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, Options]:
     default = Options()
     p = argparse.ArgumentParser(prog="python -m facesnap.training.prepare", description=__doc__.split("\n")[0])
@@ -329,6 +343,9 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, Optio
                    help="done, or done again after a break, as a whole (%(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=default.seed, help="of the order of identities")
     p.add_argument("--workers", type=int, default=1, help="processes")
+    p.add_argument("--share", type=_share, default=(0, 1), metavar="I/N",
+                   help="do only the I-th of N shares of the work: for several machines that see the same OUT; then "
+                   "run once without it")  # fmt: skip
     p.add_argument("--device", default="cpu", help="of --parser, BLIP-2 and grouping: cpu or cuda")
     p.add_argument("--providers", nargs="+", default=["CPUExecutionProvider"], help="of ONNX Runtime, for the pack")
     p.add_argument("--keep-work", action="store_true", help="do not delete OUT/work at the end")
@@ -373,10 +390,14 @@ def main(words: Sequence[str] | None = None) -> None:
     if not (out / "report.json").is_file():
         try:
             make_parts(args, options, out, photos)
+            if args.share != (0, 1):
+                return
             finish(args, options, out, photos, broken)
-        except (InputError, ValueError, OSError) as error:  # of the models' folders, of the disk
+        except (InputError, OSError) as error:  # of the models' folders, of the disk
             raise SystemExit(str(error)) from error
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    for draft in out.glob("shard-*.tmp"):  # of a run that was killed
+        draft.unlink()
     if not args.keep_work:
         shutil.rmtree(out / "work", ignore_errors=True)
     why = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items() if count) or "none"

@@ -266,6 +266,17 @@ def test_gradient_checkpointing_changes_nothing_but_memory(start, tmp_path):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_compiled_step_is_the_same_step(start, tmp_path):
+    found = []
+    for options in ({}, {"compile": "eager"}):  # dynamo's whole front end, without a compiler behind it
+        stage = stage_of(start, tmp_path, **options)
+        one_loss(stage).backward()
+        found.append({f"{n}.{k}": p.grad for n, m in stage.modules().items() for k, p in m.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_caches_give_the_same_loss_without_the_encoders(start, tmp_path, monkeypatch):
     fly = one_loss(stage_of(start, tmp_path))
     options = {"cache": tmp_path / "cache", "data__augment": "false"}

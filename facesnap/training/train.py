@@ -275,8 +275,12 @@ def make_stage(
         validation=validation, **caches,
     )  # fmt: skip
     if config.compile is not None:
-        for module in {id(m): m for m in (pipe.unet, stage.lightning, pipe.ffrnet) if m is not None}.values():
-            module.compile(backend=config.compile)
+        own = stage.lightning is not pipe.unet
+        # the UNets are wrapped, not compiled in place: the hook by which FFRNet joins them then stays outside the graph
+        stage.pipe.unet = torch.compile(pipe.unet, backend=config.compile)
+        stage.lightning = torch.compile(stage.lightning, backend=config.compile) if own else stage.pipe.unet
+        if pipe.ffrnet is not None:
+            pipe.ffrnet.compile(backend=config.compile)
     return stage
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 from facesnap.images import InputError
 from facesnap.pipeline import MAX_REFERENCES, SCHEDULERS
+from facesnap.speed import PRESETS
 from facesnap.templates import TEMPLATES
 from page import safety, views
 from page.order import (
@@ -42,7 +43,6 @@ from page.order import (
     OWN_POSE,
     OWN_SCHEDULER,
     PHOTO_POSE,
-    PRESETS,
     Order,
     Sitting,
     frame,
@@ -811,16 +811,16 @@ def launch(demo: gr.Blocks, **options: Any) -> Any:
 
 
 def load(model: str, lora: str | None = None) -> Any:
-    """The checkpoint, on the GPU where there is one."""
-    import torch
+    """The checkpoint where it will run, in the memory mode that FACESNAP_MEMORY names or that fits.
 
-    from facesnap.pipeline import FaceSnapPipeline
+    Who serves a model by its name wants its files, so they are fetched unasked.
+    """
+    from facesnap import checkpoints
 
-    pipeline = FaceSnapPipeline.from_pretrained(model)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
+    base = os.environ.get("FACESNAP_BASE")
+    pipeline = checkpoints.load(model, base=base, lora=lora or os.environ.get("FACESNAP_LORA"), yes=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+    return pipeline
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -832,7 +832,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = os.environ.get("FACESNAP_MODEL", str(MINI))
     try:
         pipeline = load(model, given.lora)
-        allowed = safety.checker(is_mini=model == str(MINI))
+        allowed = safety.checker(is_mini=model in (str(MINI), "mini"))
     except InputError as error:
         sys.exit(f"{error}\nThe environment variable FACESNAP_MODEL names the checkpoint to serve.")
     launch(build(pipeline, allowed=allowed))

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from facesnap.images import InputError
 from facesnap.pipeline import MAX_REFERENCES, SCHEDULERS, Expression
+from facesnap.speed import PRESETS
 from facesnap.templates import TEMPLATES
 
 OWN_POSE, PHOTO_POSE = "as in the photo", "another photo"
@@ -34,9 +35,6 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "count": (1, MAX_COUNT, True),
     "seed": (-1, MAX_SEED, True),
 }
-# A preset's options go to the pipeline's call; what the visitor sets by hand comes before them. The checkpoint's own
-# steps and guidance are "best"; "fast" makes this share of the steps.
-FAST_STEPS = 0.5
 ASPECTS = {"1:1": 1.0, "4:5": 4 / 5, "3:4": 3 / 4, "2:3": 2 / 3, "4:3": 4 / 3, "3:2": 3 / 2}  # width over height
 MOST_AREA = 1.5  # times that of the checkpoint's square
 
@@ -161,13 +159,7 @@ class Order(Sitting):
 
 def preset(name: str, settings: Any) -> dict[str, Any]:
     """Arguments of the pipeline's call, for a checkpoint with these settings."""
-    return {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance} | PRESETS[name](settings)
-
-
-PRESETS: dict[str, Any] = {
-    "best": lambda settings: {},
-    "fast": lambda settings: {"num_inference_steps": max(1, round(FAST_STEPS * settings.steps))},
-}
+    return {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "preset": name}
 
 
 def styles(settings: Any) -> tuple[Style, ...]:

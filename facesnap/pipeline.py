@@ -340,7 +340,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             elif part.path.resolve() != (place / SCORER_NAME).resolve():
                 place.mkdir(exist_ok=True)
                 shutil.copyfile(part.path, place / SCORER_NAME)
-        settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
+        settings = json.dumps(asdict(self.settings) | {"kind": self.kind}, indent=2, ensure_ascii=False)
         (folder / SETTINGS_NAME).write_text(settings + "\n", encoding="utf-8")
 
     def set_memory(self, mode: str | None = None, device: str | torch.device | None = None) -> str:

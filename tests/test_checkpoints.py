@@ -9,12 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, DPMSolverSinglestepScheduler, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DPMSolverSinglestepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
 from head_files import write_gnm
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny import photo, tiny_unet
+from tiny import TinyAnalyser, photo, tiny_unet
 from tiny_instantid import write_instantid
 
 from facesnap import checkpoints, checks
@@ -261,8 +266,6 @@ def test_instantid_from_the_hub_cache_makes_a_portrait(full_hub, tmp_path):
     dtypes = {p.dtype for part in (pipe.unet, pipe.text_encoder, pipe.mixer, pipe.ffrnet) for p in part.parameters()}
     assert dtypes == {torch.float32}  # half-precision files on a CPU
     pipe.set_progress_bar_config(disable=True)
-    from tiny import TinyAnalyser
-
     pipe.face_analyser = TinyAnalyser(pipe.head_model)
     out = pipe("a photo", reference=photo(1), pose=photo(2), height=64, width=64, num_inference_steps=2, seed=1)
     assert np.asarray(out.images[0]).std() > 0 and out.model == "InstantID"
@@ -351,7 +354,6 @@ def test_of_a_base_on_the_hub_only_what_is_read_is_listed_and_at_its_commit(monk
 
 
 def test_lora_of_the_base(full_hub, made, tmp_path):
-    from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

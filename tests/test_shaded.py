@@ -7,6 +7,7 @@ from tiny import SIZE, photo
 from facesnap import shaded, templates
 from facesnap.heads import LinearHeadModel
 from facesnap.images import InputError
+from facesnap.predictor import letterbox
 
 NOSE_TIP, LEFT_TEMPLE, RIGHT_TEMPLE = 30, 0, 16
 
@@ -30,8 +31,6 @@ def test_vertices_lie_on_the_landmarks_and_turn_with_the_head(model):
     size = (64, 96)
     head = templates.get("three-quarter-right").head(model, (128, 128))
     points = shaded.vertices(model, head, size)
-    from facesnap.predictor import letterbox
-
     np.testing.assert_allclose(points[:, :2], letterbox(model.project(head), (128, 128), size))
     straight = shaded.vertices(model, templates.get("front").head(model, size), size)
     assert straight[NOSE_TIP, 2] == pytest.approx(straight[:, 2].max(), rel=0.05)

@@ -707,14 +707,12 @@ def add_endpoints(studio: Studio) -> None:
         pictures = gr.File(file_count="multiple", label="pictures")
         report = gr.JSON(label="report")
         trigger = gr.Button()
-    endpoints: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = [
+    line: dict[str, Any] = {"concurrency_id": "portrait", "concurrency_limit": MOST_AT_ONCE}
+    for function, outputs, options in (
         (preview, [picture, report], {"concurrency_id": "preview"}),
-        (generate, [pictures, report], {"concurrency_id": "portrait", "concurrency_limit": MOST_AT_ONCE}),
-    ]
-    for function, outputs, options in endpoints:
+        (generate, [pictures, report], line | {"validator": validate(list(generate.__annotations__)[:-1])}),
+    ):
         names = list(function.__annotations__)[:-1]
-        if function is generate:
-            options["validator"] = validate(names)
         trigger.click(function, [boxes[name] for name in names], outputs, api_name=function.__name__, **options)
 
 

@@ -182,7 +182,7 @@ class Studio:
 
     def make(
         self, order: Order, read: Callable[[str, str], Reading] | None = None
-    ) -> Generator[Look | Waiting | Step | Portrait]:
+    ) -> Generator[Look | Waiting | Step | Portrait, None, None]:
         """Yields the Look, then for each picture Waiting, Steps and the Portrait. The files live until the end.
 
         Raises InputError as a sentence. Closing the generator ends the work within one step.
@@ -241,7 +241,7 @@ class Studio:
                 yield Portrait(str(path), report)
 
     @staticmethod
-    def keep(png: bytes, report: dict[str, Any]) -> Generator[Portrait]:
+    def keep(png: bytes, report: dict[str, Any]) -> Generator[Portrait, None, None]:
         """A portrait that was made before; its file, too, lives until the generator ends."""
         with tempfile.TemporaryDirectory(prefix="facesnap-") as folder:
             path = Path(folder) / f"facesnap-{report['seed']}.png"

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler
 from tiny import TOKEN_DIM, tiny_ffrnet, tiny_mixer, tiny_unet, tiny_vae
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import training as benchmark
 from benchmarks.training import LiveBytes
 from facesnap.faces import align
 from facesnap.ffrnet import attach
@@ -293,6 +295,26 @@ def test_memory_does_not_grow_with_the_steps(world, monkeypatch):
     assert peak(8) <= 1.15 * peak(1)
     monkeypatch.setattr(identity, "checkpoint", lambda f, *args, use_reentrant, preserve_rng_state: f(*args))
     assert peak(8) > 1.5 * peak(1)  # the measure sees what checkpointing spares
+
+
+def test_fake_tensors_tell_the_peak_of_real_ones(monkeypatch):
+    """The benchmark counts SDXL's bytes on tensors without content, by the same function as real ones."""
+    monkeypatch.setattr(benchmark, "STEPS", (1, 3))
+    monkeypatch.setattr(benchmark, "FACE", np.stack([points(0.005, 10, 0.5, 0.45)])[0])
+    alphas = torch.linspace(0.999, 0.005, 1000)
+
+    def found() -> dict[int, int]:
+        unet, vae, phi = tiny_unet(), tiny_vae(), lively(facenets.RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
+        unet.requires_grad_(False)
+        loss = IdentityLoss(phi, vae, alphas, "v_prediction", margin=1)
+        tokens, pooled = torch.zeros(1, 4, TOKEN_DIM, requires_grad=True), torch.zeros(1, 16, requires_grad=True)
+        return benchmark.peaks(loss, unet, tiny_ffrnet(unet), tokens, pooled, 64)
+
+    real = found()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = found()
+    assert fake.keys() == real.keys() == {1, 3}
+    assert all(fake[steps] == pytest.approx(real[steps], rel=0.05) for steps in real)
 
 
 def test_a_step_along_the_gradient_brings_the_face_closer(world):

@@ -680,7 +680,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             options: of `torch.compile`, such as mode="max-autotune".
         """
         self.unet.compile_repeated_blocks(**options)
-        if self.ffrnet is not None:
+        if self.ffrnet is not None and self.ffrnet._repeated_blocks:  # a stock ControlNet names none
             self.ffrnet.compile_repeated_blocks(**options)
 
     def identity_score(self, image: Picture, references: Sequence[Face]) -> float | None:

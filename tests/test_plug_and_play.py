@@ -86,10 +86,10 @@ def test_style_training_moves_the_lora_alone_and_resumes(pipe, tmp_path):
     stage = StyleStage(ours, images, ["a photo", "a sketch", "a print"], batch_size=2)
     add_lora(ours.unet, rank=2)
     before = {name: p.detach().clone() for name, p in ours.unet.named_parameters()}
-    Trainer(stage, TrainerConfig(out=tmp_path / "work", steps=2, bfloat16=False)).train()
+    Trainer(stage, TrainerConfig(out=tmp_path / "work", steps=2, precision="fp32")).train()
     moved = {name for name, p in ours.unet.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora_" in name for name in moved)
-    assert Trainer(stage, TrainerConfig(out=tmp_path / "work", steps=4, bfloat16=False)).step == 2
+    assert Trainer(stage, TrainerConfig(out=tmp_path / "work", steps=4, precision="fp32")).step == 2
     save(ours.unet, tmp_path / "lora")
     again = FaceSnapPipeline.from_pipe(pipe, unet=copy.deepcopy(pipe.unet))
     again.load_lora_weights(tmp_path / "lora")

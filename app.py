@@ -467,27 +467,27 @@ class Page:
             form["references"]: [Image.open(row["reference"])],
             **{form[name]: row[name] for name in ("pose", "prompt", "style")},
         }
+        if event.index in self.shown:
+            looks, png, report = self.shown[event.index]
+            with closing(self.studio.keep(png, report)) as kept:
+                for portrait in kept:
+                    yield filled | looks | self._done([portrait.path], portrait.report, last=True)
+            return
         yield {**filled, **self._say(views.working("Reading the photo…")), **self._busy(True)}
+        order = Order(
+            references=(row["reference"],), pose=row["pose"], prompt=row["prompt"], style=row["style"],
+            consent=True, seed=EXAMPLE_SEED,
+        )  # fmt: skip
+        looks = {}
         try:
-            if event.index not in self.shown:
-                order = Order(
-                    references=(row["reference"],), pose=row["pose"], prompt=row["prompt"], style=row["style"],
-                    consent=True, seed=EXAMPLE_SEED,
-                )  # fmt: skip
-                looks: dict[Any, str] = {}
-                for update, made in self._made(order):
-                    if isinstance(made, Look):
-                        looks[self.seen] = views.seen(made.references)
-                        looks[self.preview] = views.preview(made, row["pose"], self.templates)
-                        update |= looks
-                    elif isinstance(made, Portrait):
-                        self.shown[event.index] = looks, Path(made.path).read_bytes(), made.report
-                    yield update
-            else:
-                looks, png, report = self.shown[event.index]
-                with closing(self.studio.keep(png, report)) as kept:
-                    for portrait in kept:
-                        yield looks | self._done([portrait.path], portrait.report, last=True)
+            for update, made in self._made(order):
+                if isinstance(made, Look):
+                    looks[self.seen] = views.seen(made.references)
+                    looks[self.preview] = views.preview(made, row["pose"], self.templates)
+                    update |= looks
+                elif isinstance(made, Portrait):
+                    self.shown[event.index] = looks, Path(made.path).read_bytes(), made.report
+                yield update
         except Exception as error:
             yield self._failed(error)
 

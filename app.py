@@ -340,16 +340,15 @@ class Page:
         sitting = {name: form[name] for name in form if name in Sitting.__dataclass_fields__} | {
             name: form[name] for name in ("aspect", "size")
         }
-        gr.on(
-            [component.change for component in sitting.values()],
-            lambda *values: self.show_preview(dict(zip(sitting, values, strict=True))),
-            list(sitting.values()),
-            [self.seen, self.preview],
-            trigger_mode="always_last",
-            concurrency_id="preview",
-            concurrency_limit=2,
+        look: dict[str, Any] = {
+            "fn": lambda *values: self.show_preview(dict(zip(sitting, values, strict=True))),
+            "inputs": list(sitting.values()),
+            "outputs": [self.seen, self.preview],
+            "concurrency_id": "preview",
+            "concurrency_limit": 2,
             **self.QUIET,
-        )
+        }
+        gr.on([component.change for component in sitting.values()], trigger_mode="always_last", **look)
         form["pose"].change(
             lambda pose: gr.Image(visible=pose == PHOTO_POSE), form["pose"], form["pose_photo"], queue=False,
             **self.QUIET,
@@ -359,7 +358,10 @@ class Page:
             lambda paths: gr.UploadButton(visible=bool(paths) and len(paths) < MAX_REFERENCES), photos, self.more,
             queue=False, **self.QUIET,
         )  # fmt: skip
-        self.more.upload(lambda more, paths: [*(paths or []), *more], [self.more, photos], photos, **self.QUIET)
+        # A gallery that is filled from here need not say that it changed: the preview is asked for.
+        self.more.upload(
+            lambda more, paths: [*(paths or []), *more], [self.more, photos], photos, **self.QUIET
+        ).then(**look)  # fmt: skip
         form["preset"].input(self.show_preset, form["preset"], [form["steps"], form["guidance"]], **self.QUIET)
         running = [
             gr.on(
@@ -374,19 +376,19 @@ class Page:
             )
         ]
         if self.shelf:
-            running.append(
-                self.gallery.select(
-                    self.show_example,
-                    outputs=[
-                        *self.results,
-                        *(form[name] for name in ("references", "pose", "prompt", "style")),
-                        *(self.seen, self.preview),
-                    ],
-                    concurrency_id="portrait",
-                    concurrency_limit=MOST_AT_ONCE,
-                    **self.QUIET,
-                )
+            example = self.gallery.select(
+                self.show_example,
+                outputs=[
+                    *self.results,
+                    *(form[name] for name in ("references", "pose", "prompt", "style")),
+                    *(self.seen, self.preview),
+                ],
+                concurrency_id="portrait",
+                concurrency_limit=MOST_AT_ONCE,
+                **self.QUIET,
             )
+            running.append(example)
+            example.then(**look)
         stopped = {"fn": self.show_stopped, "outputs": [self.status, self.stage, self.go, self.stop], "queue": False}
         # Twice, because a step that was on its way when Stop was pressed may arrive after the first.
         self.stop.click(**stopped, cancels=running, **self.QUIET).then(**stopped, **self.QUIET)
@@ -465,27 +467,27 @@ class Page:
             form["references"]: [Image.open(row["reference"])],
             **{form[name]: row[name] for name in ("pose", "prompt", "style")},
         }
+        if event.index in self.shown:
+            looks, png, report = self.shown[event.index]
+            with closing(self.studio.keep(png, report)) as kept:
+                for portrait in kept:
+                    yield filled | looks | self._done([portrait.path], portrait.report, last=True)
+            return
         yield {**filled, **self._say(views.working("Reading the photo…")), **self._busy(True)}
+        order = Order(
+            references=(row["reference"],), pose=row["pose"], prompt=row["prompt"], style=row["style"],
+            consent=True, seed=EXAMPLE_SEED,
+        )  # fmt: skip
+        looks = {}
         try:
-            if event.index not in self.shown:
-                order = Order(
-                    references=(row["reference"],), pose=row["pose"], prompt=row["prompt"], style=row["style"],
-                    consent=True, seed=EXAMPLE_SEED,
-                )  # fmt: skip
-                looks: dict[Any, str] = {}
-                for update, made in self._made(order):
-                    if isinstance(made, Look):
-                        looks[self.seen] = views.seen(made.references)
-                        looks[self.preview] = views.preview(made, row["pose"], self.templates)
-                        update |= looks
-                    elif isinstance(made, Portrait):
-                        self.shown[event.index] = looks, Path(made.path).read_bytes(), made.report
-                    yield update
-            else:
-                looks, png, report = self.shown[event.index]
-                with closing(self.studio.keep(png, report)) as kept:
-                    for portrait in kept:
-                        yield looks | self._done([portrait.path], portrait.report, last=True)
+            for update, made in self._made(order):
+                if isinstance(made, Look):
+                    looks[self.seen] = views.seen(made.references)
+                    looks[self.preview] = views.preview(made, row["pose"], self.templates)
+                    update |= looks
+                elif isinstance(made, Portrait):
+                    self.shown[event.index] = looks, Path(made.path).read_bytes(), made.report
+                yield update
         except Exception as error:
             yield self._failed(error)
 

@@ -10,6 +10,7 @@ except ImportError:
     spaces = None
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import logging
@@ -143,32 +144,28 @@ class Page:
         with gr.Column(elem_classes="fs-card", elem_id="card-photos"):
             gr.HTML(views.heading("Photos", "one to four of one person", 1))
             with gr.Row(elem_id="photo-row"):
-                self.form["references"] = photos_input(
-                    gr.Gallery(
-                        format="png",
-                        label="Photos of the person",
-                        show_label=False,
-                        container=False,
-                        interactive=True,
-                        sources=["upload", "clipboard"],
-                        columns=2,
-                        height=232,
-                        object_fit="cover",
-                        allow_preview=False,
-                        buttons=[],
-                        elem_id="references",
-                    )
+                self.form["references"] = Photos(
+                    format="png",
+                    label="Photos of the person",
+                    show_label=False,
+                    container=False,
+                    interactive=True,
+                    sources=["upload", "clipboard"],
+                    columns=2,
+                    height=232,
+                    object_fit="cover",
+                    allow_preview=False,
+                    buttons=[],
+                    elem_id="references",
                 )
                 self.seen = gr.HTML(views.SEEN_EMPTY, elem_id="seen")
-            self.more = photos_input(
-                gr.UploadButton(
-                    "Add another photo",
-                    file_count="multiple",
-                    file_types=["image"],
-                    visible=False,
-                    size="sm",
-                    elem_id="more",
-                )
+            self.more = MorePhotos(
+                "Add another photo",
+                file_count="multiple",
+                file_types=["image"],
+                visible=False,
+                size="sm",
+                elem_id="more",
             )
 
     def _pose_card(self) -> None:
@@ -187,18 +184,16 @@ class Page:
                 container=False,
                 elem_id="pose",
             )
-            form["pose_photo"] = photo_input(
-                gr.Image(
-                    type="filepath",
-                    format="png",
-                    image_mode=None,
-                    label="Photo of the pose",
-                    placeholder="A photo of anybody in the wanted pose\n(who it is does not show)",
-                    sources=self.SOURCES,
-                    height=190,
-                    visible=False,
-                    elem_id="pose-photo",
-                )
+            form["pose_photo"] = Photo(
+                type="filepath",
+                format="png",
+                image_mode=None,
+                label="Photo of the pose",
+                placeholder="A photo of anybody in the wanted pose\n(who it is does not show)",
+                sources=self.SOURCES,
+                height=190,
+                visible=False,
+                elem_id="pose-photo",
             )
             with gr.Accordion("Turn the head, change the expression", open=False, elem_id="turn"):
                 with gr.Row():
@@ -693,10 +688,7 @@ def add_endpoints(studio: Studio) -> None:
     numbers |= dict.fromkeys(("expression_strength", "head_size", "identity_strength", "landmark_strength", "count"), 1)
     with gr.Row(visible=False):
         boxes: dict[str, Any] = {
-            **{
-                name: photo_input(gr.Image(type="filepath", image_mode=None, label=name))
-                for name in (*photos, "pose_photo")
-            },
+            **{name: Photo(type="filepath", image_mode=None, label=name) for name in (*photos, "pose_photo")},
             "consent": raw(gr.Checkbox(False, label="consent")),
             "seed": raw(gr.Number(-1, precision=0, label="seed")),
             **{name: raw(gr.Textbox(value, label=name)) for name, value in texts.items()},
@@ -750,40 +742,48 @@ def raw(component: Any) -> Any:
     return component
 
 
-def photo_input(component: Any) -> Any:
+# Classes and no patched components: Gradio makes a component anew for each session that it updates.
+
+
+async def without_addresses(self: Any, path: str | Path | None) -> str | None:
+    """Gradio would download what an upload's path names if that is a URL."""
+    if path is not None and is_http_url_like(str(path)):
+        raise gr.Error(NO_URLS, print_exception=False)
+    return await super(type(self), self).async_move_resource_to_block_cache(path)
+
+
+class Photo(gr.Image):
     """An input for one picture that hands over the upload's path, opens nothing, and fetches no address:
     `facesnap.images.open_image` reads the header first and says what is wrong."""
-    component.preprocess = lambda payload: payload.path if payload else None
-    return without_addresses(component)
+
+    is_template = True  # looks like its parent
+    async_move_resource_to_block_cache = without_addresses
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload.path if payload else None
 
 
-def photos_input(component: Any) -> Any:
+class Photos(gr.Gallery):
     """The same for several pictures: a list of paths."""
 
-    def paths(payload: Any) -> list[str] | None:
+    is_template = True
+    async_move_resource_to_block_cache = without_addresses
+
+    def preprocess(self, payload: Any) -> Any:
         if payload is None:
             return None
-        items = payload.root if hasattr(payload, "root") else payload
-        return [_file(item).path for item in (items if isinstance(items, list) else [items])]
-
-    def _file(item: Any) -> Any:
-        return getattr(item, "image", None) or getattr(item, "video", None) or item
-
-    component.preprocess = paths
-    return without_addresses(component)
+        return [(getattr(item, "image", None) or item.video).path for item in payload.root]
 
 
-def without_addresses(component: Any) -> Any:
-    """Gradio would download what an upload's path names if that is a URL."""
-    move = component.async_move_resource_to_block_cache
+class MorePhotos(gr.UploadButton):
+    """The same as a button."""
 
-    async def move_file(path: str | Path | None) -> str | None:
-        if path is not None and is_http_url_like(str(path)):
-            raise gr.Error(NO_URLS, print_exception=False)
-        return await move(path)
+    is_template = True
+    async_move_resource_to_block_cache = without_addresses
 
-    component.async_move_resource_to_block_cache = move_file
-    return component
+    def preprocess(self, payload: Any) -> Any:
+        items = payload.root if hasattr(payload, "root") else payload or []
+        return [item.path for item in (items if isinstance(items, list) else [items])]
 
 
 def examples(folder: Path) -> list[dict[str, str]]:
@@ -823,11 +823,18 @@ def load(model: str, lora: str | None = None) -> Any:
     return pipeline
 
 
+def one_heap() -> None:
+    """Two heaps on Linux: glibc gives each new thread its own, and what a portrait's thread leaves in it stays."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-8, 2)  # M_ARENA_MAX
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Serves the checkpoint that FACESNAP_MODEL names (a folder or a Hub id), else the mini."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--lora", help="a LoRA for the base model: a folder, a file or a Hub id")
     given = parser.parse_args(arguments)
+    one_heap()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     model = os.environ.get("FACESNAP_MODEL", str(MINI))
     try:

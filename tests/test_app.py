@@ -678,7 +678,7 @@ def test_agents_find_and_call_the_two_tools(page, files):
 
 def test_a_missing_model_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("FACESNAP_MODEL", str(tmp_path / "nothing"))
-    with pytest.raises(SystemExit, match="There is no folder .*nothing.*\n.*FACESNAP_MODEL"):
+    with pytest.raises(SystemExit, match="There is no model .*nothing.*\n.*FACESNAP_MODEL"):
         app.main([])
 
 

@@ -224,7 +224,7 @@ class DiffusionStage(Stage):
     def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Text (B, n, d) and pooled text, face tokens (B, m, d) and pooled face."""
         encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
-        with torch.set_grad_enabled(self.joint), _short_attention(batch["ids"].device):
+        with torch.set_grad_enabled(self.joint), short_attention(batch["ids"].device):
             text, pooled = encode_text(encoders, batch["ids"])
         mixed = self.parts.mixer(batch["embeddings"], batch["clip"].float(), batch["reference_mask"])
         return text, pooled, mixed.tokens, mixed.pooled
@@ -233,7 +233,7 @@ class DiffusionStage(Stage):
         side = float(self.people.size[0])
         time_ids = torch.tensor([side, side, 0, 0, side, side], device=noisy.device).expand(len(noisy), -1)
         embedded = batch["control"].dtype == torch.float16
-        with _short_attention(noisy.device):
+        with short_attention(noisy.device):
             with _embedded(self.parts.ffrnet) if embedded else nullcontext():
                 down, mid = self.parts.ffrnet(
                     noisy, timesteps, tokens, batch["control"].float() if embedded else _pixels(batch["control"]),
@@ -321,7 +321,7 @@ class DiffusionStage(Stage):
         return latents
 
 
-def _short_attention(device: torch.device) -> AbstractContextManager:
+def short_attention(device: torch.device) -> AbstractContextManager:
     """On a CPU the flash kernel's backward pass takes ten times as long as plain products for sequences this short."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 

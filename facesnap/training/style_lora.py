@@ -24,7 +24,15 @@ from facesnap.synthetic.captions import STYLE_WORDS, captions
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import render
 
-from .losses import add_noise, diffusion_target, drop_text, min_snr_weight, stratified_timesteps
+from .diffusion import short_attention
+from .losses import (
+    add_noise,
+    capped_snr_weight,
+    diffusion_target,
+    drop_text,
+    min_snr_weight,
+    stratified_timesteps,
+)
 from .trainer import Batch, Stage, Trainer, TrainerConfig
 
 # attention, feed-forward and convolutions: a change of all colours is little work for attention alone
@@ -100,12 +108,15 @@ class StyleStage(Stage):
         alphas = self.alphas.to(latents.device)[timesteps]
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         time_ids = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=latents.device)
-        prediction = self.unet(
-            add_noise(latents, noise, alphas), timesteps, text, return_dict=False,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)},
-        )[0]  # fmt: skip
+        with short_attention(latents.device):
+            prediction = self.unet(
+                add_noise(latents, noise, alphas), timesteps, text, return_dict=False,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)},
+            )[0]  # fmt: skip
         error = (prediction.float() - diffusion_target(self.kind, latents, noise, alphas)).square().mean((1, 2, 3))
-        return (error * min_snr_weight(self.kind, alphas)).mean(), {}
+        # a style is decided where there is much noise
+        weight = capped_snr_weight(alphas) if self.kind == "v_prediction" else min_snr_weight(self.kind, alphas)
+        return (error * weight).mean(), {}
 
 
 def _pixels(image: np.ndarray) -> Tensor:

@@ -325,7 +325,7 @@ def assemble(run: Run, minutes: float) -> None:
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,
         settings=Settings(
-            name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0,
+            name="FaceSnap mini", size=SIZE, steps=8, guidance=1.15,  # more of it costs likeness
             about={
                 "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
                 "stage": last.name,

@@ -81,7 +81,7 @@ def test_a_seed_can_be_used_again(visit, files):
     first = tab.locator("#summary b").last.inner_text()
     tab.locator("#again").click()
     unfold(tab, "advanced")
-    tab.wait_for_function("() => !document.querySelector('#new-seed input').checked")
+    tab.wait_for_function("() => document.querySelector('#new-seed input')?.checked === false")
     tab.locator("#generate").click()
     tab.wait_for_selector("#stop", state="hidden")
     assert tab.locator("#summary b").last.inner_text() == first

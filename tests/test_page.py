@@ -16,6 +16,9 @@ from test_app import settled
 
 from page.order import POSES
 
+# A browser beside other work on two cores is now and then slower than any wait: such a test is asked again, twice.
+pytestmark = pytest.mark.flaky(reruns=2)
+
 
 @pytest.fixture(scope="session")
 def shoot(tmp_path_factory):
@@ -48,8 +51,14 @@ def unfold(tab, *accordions: str) -> None:
 
 
 def set_slider(tab, label: str, value: float) -> None:
-    tab.get_by_label(f"number input for {label}").fill(str(value))
-    tab.keyboard.press("Tab")
+    box = tab.get_by_label(f"number input for {label}")
+    for _ in range(5):  # what has just been unfolded may still be set to its default once
+        box.fill(str(value))
+        tab.keyboard.press("Tab")
+        tab.wait_for_timeout(300)
+        if float(box.input_value()) == value:
+            return
+    raise AssertionError(f"{label} does not take {value}")
 
 
 def test_first_visit_to_portrait(visit, files, shoot):

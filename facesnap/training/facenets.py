@@ -2,20 +2,17 @@
 
 InsightFace loads any folder of ONNX files whose inputs and outputs it knows; the nets here have those forms.
 
-    detector    SCRFD (Guo et al., 2021): strides 8, 16, 32, two anchors a cell, nine outputs landmarks   192²
-    crop → 3309 numbers, of which InsightFace keeps the last 68 × 3 recogniser  112² crop → 512, CosFace (Wang
-    et al., 2018): A conditions, B is φ of the identity loss, C scores
+    detector    SCRFD (Guo et al., 2021): strides 8, 16, 32, two anchors a cell, nine outputs
+    landmarks   192² crop → 3309 numbers, of which InsightFace keeps the last 68 × 3
+    recogniser  112² crop → 512, CosFace (Wang et al., 2018): A conditions, B is φ of the identity loss, C scores
 
     python -m facesnap.training.facenets --net A --data DIR --out DIR --minutes 12
 
-Each run writes NAME.pt every two minutes and goes on from there when it is started again. Minutes are of
-training alone: a run that was killed and resumed spends what is left of them.
+Each run keeps its checkpoints in OUT/NAME_run and goes on from there when it is started again.
 """
 
 import argparse
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,10 @@ from torch.nn import functional as F
 
 from facesnap.training import faceviews as views
 from facesnap.training.faceviews import FaceSet
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 STRIDES = (8, 16, 32)
+MARGIN, MARGIN_STEPS = 0.3, 400  # CosFace's, and the steps in which it grows to that
 
 
 def conv(inner: int, outer: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
@@ -310,7 +309,7 @@ class RecogniserNet(nn.Module):
         one, mirrored = self.embed(self.body(self.stem(both))).float().chunk(2)
         return (one + mirrored) / 2
 
-    def loss(self, crops: Tensor, person: Tensor, margin: float = 0.3) -> dict[str, Tensor]:
+    def loss(self, crops: Tensor, person: Tensor, margin: float = MARGIN) -> dict[str, Tensor]:
         """CosFace with scale 30, and the parameters' regression; person (B,) indexes `identities`."""
         features = self.body(self.stem(crops))
         prototypes = self.prototypes(self.identities).float()
@@ -353,104 +352,58 @@ RECOGNISERS: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------------ training
 
 
-def to_input(images: np.ndarray, deviation: float, device: torch.device) -> Tensor:
+def to_input(images: np.ndarray, deviation: float) -> Tensor:
     """RGB uint8 (B, H, W, 3) → (B, 3, H, W) float, channels last, as InsightFace normalises."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
     return x.float().sub_(127.5).div_(deviation)
 
 
-def train(
-    net: nn.Module,
-    batch: Callable[[np.random.Generator, float], dict[str, Tensor]],
-    validate: Callable[[nn.Module], str],
-    out: Path,
-    name: str,
-    *,
-    minutes: float,
-    lr: float = 2e-3,
-    weight_decay: float = 0.02,
-    seed: int = 0,
-    every: float = 20.0,
-    checkpoint_every: float = 120.0,
-) -> nn.Module:
-    """Train `net` on `batch(rng, progress)` for some minutes and return the moving average of its weights.
+class NetStage(Stage):
+    """One of the nets as a stage of the trainer.
 
-    Time, not steps, drives the schedule (warm-up, then a cosine to zero), so that any budget is used to its
-    end. `out/name.pt` holds all that a resumed run needs, and is replaced in one move."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, limit = out / f"{name}.pt", minutes * 60
-    device = next(net.parameters()).device
-    net = net.to(memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=moving_average, use_buffers=True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    rng = np.random.default_rng(seed)
-    step, spent, seen, measured = 0, 0.0, 0, "nothing measured yet"
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        net.load_state_dict(state["net"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        rng.bit_generator.state = state["rng"]
-        step, spent, seen = state["step"], state["spent"], state["seen"]
-        say(f"{name}: going on from step {step}, {spent / 60:.1f} min")
+    `views(rng)` draws a batch, whose items are the arguments of `net.loss`; `measure(net)` gives figures of merit on
+    people who are never trained on.
+    """
 
-    def save() -> None:
-        state = {
-            "net": net.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        state |= {"rng": rng.bit_generator.state, "step": step, "spent": spent, "seen": seen}
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        views: Callable[[np.random.Generator], Batch],
+        measure: Callable[[nn.Module], dict[str, float]],
+    ) -> None:
+        self.name, self.net, self.views, self.measure = name, net.to(memory_format=torch.channels_last), views, measure
+        for module in net.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.momentum = 0.02  # over fifty batches: the averaged weights are measured and exported with them
 
-    last_line = last_save = last_check = spent
-    while spent < limit:
-        start = time.perf_counter()
-        progress = spent / limit
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-5
-        inputs = batch(rng, progress)
-        with torch.autocast(device.type, torch.bfloat16):
-            losses = net.loss(**inputs)
-        total = sum(losses.values())
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-        average.update_parameters(net)
-        step += 1
-        seen += len(next(iter(inputs.values())))
-        spent += time.perf_counter() - start
-        if spent - last_check > max(90.0, limit / 8):
-            last_check, measured = spent, validate(average.module.eval())
-            average.train()
-        if spent - last_line > every:
-            parts = " ".join(f"{key} {value.item():.3f}" for key, value in losses.items())
-            left = (limit - spent) / 60
-            say(f"{name} {step} {parts} | {seen / spent:.0f}/s {seen} seen, {left:.1f} min left | {measured}")
-            last_line = spent
-        if spent - last_save > checkpoint_every:
-            save()
-            last_save = spent
-    save()
-    trained = average.module.eval()
-    say(f"{name} done: {step} steps, {seen} seen, {spent / 60:.1f} min | {validate(trained)}")
-    return trained
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.name: self.net}
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        return self.views(rng)
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        margin = {"margin": MARGIN * min(1.0, step / MARGIN_STEPS)} if "person" in batch else {}
+        losses = self.net.loss(**batch, **margin)
+        return torch.stack(list(losses.values())).sum(), losses
+
+    def sample_sheet(self, path: Path) -> dict[str, float]:
+        return self.measure(self.net)
 
 
-@torch.no_grad()
-def moving_average(average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Decay 0.998, less at the start, so that the first weights are soon forgotten."""
-    weight = max(0.002, 1 - (1 + int(count)) / (10 + int(count)))
-    if average[0].is_floating_point():
-        torch._foreach_lerp_(average, current, weight)
-    else:  # batch counters
-        torch._foreach_copy_(average, current)
+def train(stage: NetStage, out: Path, *, minutes: float, lr: float = 4e-3, **options: Any) -> nn.Module:
+    """Train the stage's net for some minutes; it comes back with the moving average of its weights.
 
-
-def say(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
+    `out/NAME_run` holds checkpoints and the log; a run that was stopped goes on from there."""
+    config = TrainerConfig(
+        out / f"{stage.name}_run", minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.02,
+        clip=5.0, ema=0.995, warmup=50, hold=0.2, **options,
+    )  # fmt: skip
+    trainer = Trainer(stage, config)
+    trainer.train()
+    trainer.average.swap()  # for good: what follows is the export
+    return stage.net.eval()
 
 
 def split(faces: FaceSet) -> tuple[np.ndarray, np.ndarray]:
@@ -467,18 +420,16 @@ def train_detector(
     out: Path,
     minutes: float,
     *,
-    device: str = "cpu",
     batch_size: int = 24,
     seed: int = 11,
     **options,
 ) -> Detector:
     """Train the detector on scenes of 160² to 256² (`faceviews.scene`) and write `out/detector.onnx`."""
     torch.manual_seed(seed)
-    net, place = Detector().to(device), torch.device(device)
     training, held_out = split(faces)
     backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)
 
-    def batch(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
+    def draw(rng: np.random.Generator) -> Batch:
         size = int(rng.choice((160, 192, 256), p=(0.3, 0.4, 0.3)))
         scenes = [views.scene(faces, training, backgrounds, rng, size) for _ in range(batch_size * 192**2 // size**2)]
         most = max(1, max(len(boxes) for _, boxes, _ in scenes))
@@ -488,28 +439,28 @@ def train_detector(
             boxes[k, : len(found)], points[k, : len(found)], real[k, : len(found)] = found, spots, True
         labels = {"boxes": boxes, "points": points, "real": real}
         return {
-            "pictures": to_input(np.stack([image for image, _, _ in scenes]), 128.0, place),
-            **{key: torch.from_numpy(value).to(place) for key, value in labels.items()},
+            "pictures": to_input(np.stack([image for image, _, _ in scenes]), 128.0),
+            **{key: torch.from_numpy(value) for key, value in labels.items()},
         }
 
-    def validate(model: nn.Module) -> str:
+    def measure(net: nn.Module) -> dict[str, float]:
         rng = np.random.default_rng(5)
         fixed = views.Backgrounds(rng, 256, faces.images, count=40)
-        return detector_figures(model, [views.scene(faces, held_out, fixed, rng, 256) for _ in range(160)])
+        return detector_figures(net, [views.scene(faces, held_out, fixed, rng, 256) for _ in range(160)])
 
-    trained = train(net, batch, validate, out, "detector", minutes=minutes, seed=seed, **options)
-    export_detector(trained, out / "detector.onnx")
-    return trained
+    net = train(NetStage("detector", Detector(), draw, measure), out, minutes=minutes, seed=seed, **options)
+    export_detector(net, out / "detector.onnx")
+    return net
 
 
 @torch.no_grad()
-def detector_figures(model: Detector, scenes: list) -> str:
+def detector_figures(model: nn.Module, scenes: list) -> dict[str, float]:
     """Recall at IoU 0.5 and score 0.5, false alarms a picture, and the points' error in eye distances."""
     device = next(model.parameters()).device
     hits = faces = alarms = 0
     errors = []
     for image, boxes, points in scenes:
-        logits, found, spots = model.decode(model(to_input(image[None], 128.0, device)), *image.shape[:2])
+        logits, found, spots = model.decode(model(to_input(image[None], 128.0).to(device)), *image.shape[:2])
         scores, found, spots = (
             logits[0].sigmoid().cpu().numpy(),
             found[0].cpu().numpy(),
@@ -531,7 +482,7 @@ def detector_figures(model: Detector, scenes: list) -> str:
             distance = max(np.linalg.norm(points[j][0] - points[j][1]), 0.25 * (boxes[j][3] - boxes[j][1]))
             errors.append(np.linalg.norm(spots[kept[best]] - points[j], axis=1).mean() / distance)
     error = float(np.median(errors)) if errors else math.nan
-    return f"recall {hits / max(1, faces):.3f} alarms {alarms / len(scenes):.3f} points {error:.3f}"
+    return {"recall": hits / max(1, faces), "alarms": alarms / len(scenes), "points": error}
 
 
 def train_landmarks(
@@ -539,14 +490,12 @@ def train_landmarks(
     out: Path,
     minutes: float,
     *,
-    device: str = "cpu",
     batch_size: int = 32,
     seed: int = 12,
     **options,
 ) -> LandmarkNet:
     """Train the landmark net on `faceviews.landmark_view` and write `out/landmarks.onnx`."""
     torch.manual_seed(seed)
-    net, place = LandmarkNet().to(device), torch.device(device)
     training, held_out = split(faces)
     backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)
 
@@ -554,33 +503,31 @@ def train_landmarks(
         crop, points = views.landmark_view(faces, index, pool, rng)
         return crop, points / 96 - [1, 1, 0]
 
-    def collate(pairs: list) -> dict[str, Tensor]:
+    def collate(pairs: list) -> Batch:
         crops, points = (np.stack(parts) for parts in zip(*pairs, strict=True))
-        return {
-            "crops": to_input(crops, 128.0, place),
-            "points": torch.from_numpy(points.astype(np.float32)).to(place),
-        }
+        return {"crops": to_input(crops, 128.0), "points": torch.from_numpy(points.astype(np.float32))}
 
-    def batch(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
+    def draw(rng: np.random.Generator) -> Batch:
         return collate([view(index, backgrounds, rng) for index in rng.choice(training, batch_size)])
 
     @torch.no_grad()
-    def validate(model: nn.Module) -> str:
+    def measure(net: nn.Module) -> dict[str, float]:
         rng = np.random.default_rng(5)
         fixed = views.Backgrounds(rng, 256, faces.images, count=40)
         errors, depths = [], []
         for _ in range(6):
             inputs = collate([view(index, fixed, rng) for index in rng.choice(held_out, 32)])
-            truth, found = inputs["points"].cpu().numpy(), model(inputs["crops"]).cpu().numpy()
+            place = next(net.parameters()).device
+            truth, found = inputs["points"].numpy(), net(inputs["crops"].to(place)).cpu().numpy()
             corners = np.linalg.norm(truth[:, 36] - truth[:, 45], axis=-1)  # 3D: the frontal distance
             errors.append(np.linalg.norm((found - truth)[..., :2], axis=-1).mean(1) / corners)
             depths.append(np.abs((found - truth)[..., 2]).mean(1) / corners)
-        error, depth = np.concatenate(errors), np.concatenate(depths).mean()
-        return f"error {error.mean():.4f} median {np.median(error):.4f} depth {depth:.4f} of the eyes"
+        error, depth = np.concatenate(errors), np.concatenate(depths)  # in eye distances
+        return {"error": float(error.mean()), "median": float(np.median(error)), "depth": float(depth.mean())}
 
-    trained = train(net, batch, validate, out, "landmarks", minutes=minutes, seed=seed, **options)
-    export_landmarks(trained, out / "landmarks.onnx")
-    return trained
+    net = train(NetStage("landmarks", LandmarkNet(), draw, measure), out, minutes=minutes, seed=seed, **options)
+    export_landmarks(net, out / "landmarks.onnx")
+    return net
 
 
 def train_recogniser(
@@ -589,7 +536,6 @@ def train_recogniser(
     out: Path,
     minutes: float,
     *,
-    device: str = "cpu",
     batch_size: int = 96,
     **options,
 ) -> RecogniserNet:
@@ -602,37 +548,30 @@ def train_recogniser(
     known = faces.parameters[first][:, faces.is_identity]
     known = known[:, known.std(0) > 1e-6]
     identities = np.clip((known - known.mean(0)) / known.std(0), -2.5, 2.5).astype(np.float32)
-    place = torch.device(device)
-    net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities)).to(device)
-    order: list[int] = []
 
-    def batch(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        while len(order) < batch_size:
-            order.extend(rng.permutation(training).tolist())
-        chosen, order[:] = order[:batch_size], order[batch_size:]
+    def draw(rng: np.random.Generator) -> Batch:
+        chosen = rng.choice(training, batch_size)
         crops = np.stack([views.aligned_view(faces, index, rng) for index in chosen])
         mirrored = rng.random(batch_size) < 0.5
         crops[mirrored] = crops[mirrored, :, ::-1]
-        return {
-            "crops": to_input(crops, 127.5, place),
-            "person": torch.from_numpy(faces.person[chosen]).to(place),
-            "margin": 0.3 * min(1.0, progress / 0.3),
-        }
+        return {"crops": to_input(crops, 127.5), "person": torch.from_numpy(faces.person[chosen])}
 
     @torch.no_grad()
-    def validate(model: nn.Module) -> str:
+    def measure(net: nn.Module) -> dict[str, float]:
+        place = next(net.parameters()).device
         rng = np.random.default_rng(5)
         chosen = held_out[:1000]
         crops = [views.aligned_view(faces, index, rng, jitter=0) for index in chosen]
-        parts = [model(to_input(np.stack(crops[k : k + 50]), 127.5, place)) for k in range(0, len(crops), 50)]
+        parts = [net(to_input(np.stack(crops[k : k + 50]), 127.5).to(place)) for k in range(0, len(crops), 50)]
         return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
 
-    trained = train(net, batch, validate, out, f"recogniser_{variant}", minutes=minutes, seed=seed, **options)
-    kept = [k for k in trained.state_dict() if not k.startswith(("prototypes", "regress"))]
-    weights = {key: trained.state_dict()[key].contiguous() for key in kept}  # undoes channels last
+    net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities))
+    train(NetStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
+    kept = [k for k in net.state_dict() if not k.startswith(("prototypes", "regress"))]
+    weights = {key: net.state_dict()[key].contiguous() for key in kept}  # undoes channels last
     save_file(weights, out / f"recogniser_{variant}.safetensors", metadata={"variant": variant})
-    export_recogniser(trained, out / f"recogniser_{variant}.onnx")
-    return trained
+    export_recogniser(net, out / f"recogniser_{variant}.onnx")
+    return net
 
 
 def load_recogniser(path: Path) -> RecogniserNet:
@@ -644,7 +583,7 @@ def load_recogniser(path: Path) -> RecogniserNet:
     return net.eval().requires_grad_(False)
 
 
-def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> str:
+def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> dict[str, float]:
     """TAR at FAR 1e-3, rank 1, and the mean cosine of the same person and of strangers."""
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     cosine = unit @ unit.T
@@ -654,7 +593,7 @@ def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> str:
     accepted = (own > np.quantile(other, 0.999)).mean()
     np.fill_diagonal(cosine, -2)
     first = (person[cosine.argmax(1)] == person).mean()
-    return f"TAR@1e-3 {accepted:.3f} rank1 {first:.3f} same {own.mean():.3f} other {other.mean():.3f}"
+    return {"TAR": float(accepted), "rank1": float(first), "same": float(own.mean()), "other": float(other.mean())}
 
 
 # -------------------------------------------------------------------------------------------------- export
@@ -722,8 +661,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     faces = views.load(args.data)
-    say(f"{args.net}: {len(faces)} pictures of {int(faces.person.max()) + 1} people")
-    options = {"device": args.device}
+    print(f"{args.net}: {len(faces)} pictures of {int(faces.person.max()) + 1} people", flush=True)
+    options: dict[str, Any] = {"device": args.device}
     if args.net == "detector":
         train_detector(faces, args.out, args.minutes, **options)
     elif args.net == "landmarks":

@@ -285,17 +285,18 @@ def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -
 
 
 class Backgrounds:
-    """A pool of backgrounds, slowly renewed: making one costs more than training on it."""
+    """A pool of backgrounds, and now and then a new one: making one costs more than training on it."""
 
     def __init__(self, rng: Rng, size: int, pictures: Rows | np.ndarray, count: int = 200):
-        self.rng, self.size, self.pictures = rng, size, pictures
+        self.size, self.pictures = size, pictures
         self.pool = [background(rng, size, pictures) for _ in range(count)]
 
-    def draw(self, size: int) -> np.ndarray:
-        rng = self.rng
+    def draw(self, rng: Rng, size: int) -> np.ndarray:
+        """(size, size, 3), by `rng` alone, so that a batch can be drawn again."""
         if rng.random() < 0.1:
-            self.pool[rng.integers(len(self.pool))] = background(rng, self.size, self.pictures)
-        image = self.pool[rng.integers(len(self.pool))]
+            image = background(rng, self.size, self.pictures)
+        else:
+            image = self.pool[rng.integers(len(self.pool))]
         side = int(rng.integers(self.size // 2, self.size + 1))
         x, y = rng.integers(0, self.size - side + 1, 2)
         part = image[y : y + side, x : x + side][:, :: rng.choice((-1, 1)), rng.permutation(3)]
@@ -332,7 +333,7 @@ def scene(faces: FaceSet, indices: np.ndarray, backgrounds: Backgrounds, rng: Rn
     """A picture with 0 … `most` faces of 9 % to 95 % of its side.
 
     Returns the image (size, size, 3), boxes (n, 4) and key points (n, 5, 2)."""
-    canvas = backgrounds.draw(size)
+    canvas = backgrounds.draw(rng, size)
     count = int(rng.choice([0, 1, 2, 3, 5, 6], p=[0.15, 0.55, 0.12, 0.08, 0.06, 0.04]))
     boxes: list[np.ndarray] = []
     points: list[np.ndarray] = []
@@ -387,7 +388,7 @@ def landmark_view(faces: FaceSet, index: int, backgrounds: Backgrounds, rng: Rng
     picture = warp(faces.images[index], matrix, size)
     if rng.random() < 0.6:
         alpha = warp((faces.masks[index] > 0).astype(np.uint8) * 255, matrix, size)
-        picture = over(backgrounds.draw(size), picture, alpha)
+        picture = over(backgrounds.draw(rng, size), picture, alpha)
     points = moved(points, matrix)
     if rng.random() < 0.2:
         hide(picture, box_of(points[:, :2]), rng)

@@ -235,9 +235,10 @@ def box_around(landmarks: np.ndarray) -> np.ndarray:
 
 
 def five_points(landmarks: np.ndarray) -> np.ndarray:
-    """Eye centres, nose tip and mouth corners (5, 2) of iBUG-68 (68, 2+)."""
-    flat = landmarks[:, :2]
-    return np.stack([flat[36:42].mean(0), flat[42:48].mean(0), flat[30], flat[48], flat[54]])
+    """Eye centres, nose tip and mouth corners (…, 5, 2) of iBUG-68 (…, 68, 2+)."""
+    flat = landmarks[..., :2]
+    eyes = [flat[..., 36:42, :].mean(-2), flat[..., 42:48, :].mean(-2)]
+    return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
 
 
 def square_crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:

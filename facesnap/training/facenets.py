@@ -392,7 +392,7 @@ class NetStage(Stage):
         return self.measure(self.net)
 
 
-def train(stage: NetStage, out: Path, *, minutes: float, lr: float = 4e-3, **options: Any) -> nn.Module:
+def train(stage: NetStage, out: Path, *, minutes: float, lr: float = 3e-3, **options: Any) -> nn.Module:
     """Train the stage's net for some minutes; it comes back with the moving average of its weights.
 
     `out/NAME_run` holds checkpoints and the log; a run that was stopped goes on from there."""

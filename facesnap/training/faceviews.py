@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from facesnap import landmarks as lm
+from facesnap.faces import five_points
 from facesnap.training.data import Rows, load_people
 
 Rng = np.random.Generator
@@ -78,7 +79,7 @@ def face_set(images, masks, landmarks, landmarks3d, person, parameters) -> FaceS
     solid = np.stack(points).astype(np.float32)
     return FaceSet(
         images=images, masks=masks, points=solid, outlines=np.stack(outlines).astype(np.float32),
-        keypoints=five(solid), person=person, parameters=parameters, is_identity=spread < 1e-6,
+        keypoints=five_points(solid), person=person, parameters=parameters, is_identity=spread < 1e-6,
     )  # fmt: skip
 
 
@@ -97,13 +98,6 @@ def _camera(head: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     """The scaled-orthographic camera that took `head` (N, 3) to `flat` (N, 2): its rows, and its origin."""
     solution = np.linalg.lstsq(np.c_[head, np.ones(len(head))], flat, rcond=None)[0]
     return solution[:3, 0], solution[:3, 1], solution[3]
-
-
-def five(points: np.ndarray) -> np.ndarray:
-    """Eye centres, nose tip, mouth corners (…, 5, 2) of 68 points (…, 68, 2+)."""
-    flat = points[..., :2]
-    eyes = [flat[..., 36:42, :].mean(-2), flat[..., 42:48, :].mean(-2)]
-    return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -386,16 +380,18 @@ def landmark_view(faces: FaceSet, index: int, backgrounds: Backgrounds, rng: Rng
     scale = size / (1.5 * side * np.exp(rng.uniform(-0.2, 0.25)))
     matrix = around(centre, angle, scale, (size / 2, size / 2))
     picture = warp(faces.images[index], matrix, size)
-    if rng.random() < 0.6:
+    as_rendered = rng.random() < 0.4  # of what the net sees in use, most is like this
+    if not as_rendered and rng.random() < 0.6:
         alpha = warp((faces.masks[index] > 0).astype(np.uint8) * 255, matrix, size)
         picture = over(backgrounds.draw(rng, size), picture, alpha)
     points = moved(points, matrix)
-    if rng.random() < 0.2:
+    if not as_rendered and rng.random() < 0.2:
         hide(picture, box_of(points[:, :2]), rng)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
         points = points[MIRROR_68] * [-1, 1, 1] + [size - 1, 0, 0]
-    return photograph(np.ascontiguousarray(picture), rng), points.astype(np.float32)
+    picture = np.ascontiguousarray(picture)
+    return picture if as_rendered else photograph(picture, rng), points.astype(np.float32)
 
 
 def aligned_view(faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.06) -> np.ndarray:

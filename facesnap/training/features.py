@@ -7,6 +7,7 @@ from exact landmarks, so training meets the same errors as use. Pictures without
 import copy
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,19 @@ class Features:
     fitted: np.ndarray  # (N, 72, 2) float32 pixels: the head model fitted to the landmarks that were found
     points68: np.ndarray  # (N, 68, 3) float32 pixels, as found
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **self.__dict__)
+    def save(self, folder: Path) -> None:
+        """A file each, in a folder that is there whole or not at all."""
+        draft = folder.with_suffix(".part")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, values in self.__dict__.items():
+            np.save(draft / f"{name}.npy", values)
+        draft.rename(folder)
 
     @classmethod
-    def load(cls, path: Path) -> "Features":
-        with np.load(path) as file:
-            return cls(**{name: file[name] for name in cls.__dataclass_fields__})
+    def load(cls, folder: Path) -> "Features":
+        """Memory-mapped: the crops are gigabytes, and only the face encoder looks at them."""
+        return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__dataclass_fields__})
 
 
 def _one_core(cores: list[int]) -> None:

@@ -174,13 +174,13 @@ def features(run: Run, minutes: float) -> None:
     if not (place / "latents.npy").exists():
         model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
         _save(place / "latents.npy", feats.latents_of(model, known, device=run.device))
-    if not (place / "faces.npz").exists():
+    if not (place / "faces").exists():
         found = feats.analyse_people(
             run.data, run.work / "face_pack", run.work / "head", len(known), workers=run.workers
         )
-        found.save(place / "faces.npz")
+        found.save(place / "faces")
     if not (place / "clip.npy").exists():
-        crops = feats.Features.load(place / "faces.npz").crops
+        crops = feats.Features.load(place / "faces").crops
         encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
         _save(place / "clip.npy", clip.features_of(encoder, crops).half().numpy())
 
@@ -261,7 +261,7 @@ def diffusion_stage(
 ) -> SheetStage:
     """The stage over the features that lie in the work folder; `identity` adds equation 4."""
     place = run.work / "features"
-    known, found = load_people(run.data), feats.Features.load(place / "faces.npz")
+    known, found = load_people(run.data), feats.Features.load(place / "faces")
     vae = AutoencoderKL.from_pretrained(run.work / "vae").eval()
     options: dict = {}
     if identity is not None and identity.recogniser is not None:

@@ -11,7 +11,6 @@ and `attributes.json` (what each output stands for, and the accuracy on people l
 
 import argparse
 import json
-import time
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,9 @@ from facesnap.evaluation.metrics import attribute_accuracy
 from facesnap.evaluation.report import rounded, table
 from facesnap.faces import align, five_points
 from facesnap.synthetic.people import BACKDROPS, CLOTHES, GLASSES, HATS, LIGHTS, STYLES
+from facesnap.training import data as labels_in_masks
 from facesnap.training.data import People, load_people
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 Values = dict[str, tuple[str, ...]]
 VIEWS: dict[str, Values] = {
@@ -42,6 +43,7 @@ VIEWS: dict[str, Values] = {
     "face": {"glasses": GLASSES, "hat": HATS},
 }
 ATTRIBUTES: Values = {name: values for view in VIEWS.values() for name, values in view.items()}
+LEAST_CLOTHES = 0.01  # of the picture: a head that fills it leaves them no room
 COLOURLESS = ("pencil sketch", "black and white")
 
 
@@ -194,42 +196,54 @@ def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images
 
 
-def train(pictures: np.ndarray, labels: np.ndarray, attributes: Values, *, minutes: float, seed: int = 0) -> nn.Module:
-    """A net for one view, after `minutes` of processor time (a busy machine takes longer and learns as much)."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.from_numpy(pictures), torch.from_numpy(labels)
-    chances, lean = balance(y, attributes)
-    begin = starts(attributes)
-    net = build_net(attributes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
-    start, batch, step, seen_loss = time.process_time(), 64, 0, 0.0
-    while (spent := (time.process_time() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * spent)) + 1e-5
-        rows = torch.multinomial(chances, batch, generator=generator)
-        images = softened(x[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = net(images.contiguous(memory_format=torch.channels_last))
-        logits = logits.float() + lean
+class ScorerStage(Stage):
+    """One view's net learns what its pictures show; rare values are drawn more often (`balance`)."""
+
+    def __init__(self, pictures: np.ndarray, labels: np.ndarray, attributes: Values, batch_size: int = 64):
+        self.pictures, self.labels, self.batch_size = torch.from_numpy(pictures), torch.from_numpy(labels), batch_size
+        self.net = build_net(attributes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.chances, self.lean = balance(self.labels, attributes)
+        self.parts = list(pairwise(starts(attributes)))
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        rows = torch.multinomial(self.chances, self.batch_size, generator=generator)
+        images = self.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"images": softened(images, generator), "labels": self.labels[rows]}
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = self.net(batch["images"].contiguous(memory_format=torch.channels_last)).float()
+        logits, labels = logits + self.lean.to(logits.device), batch["labels"]
         losses = [
-            nn.functional.cross_entropy(logits[:, begin[a] : begin[a + 1]], y[rows, a], ignore_index=-1)
-            for a in range(len(attributes))
-            if (y[rows, a] >= 0).any()
+            nn.functional.cross_entropy(logits[:, first:last], column, ignore_index=-1)
+            for (first, last), column in zip(self.parts, labels.T, strict=True)
+            if (column >= 0).any()
         ]
-        loss = torch.stack(losses).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step, seen_loss = step + 1, 0.98 * seen_loss + 0.02 * float(loss.detach())
-        if step % 100 == 0:
-            print(f"step {step}  loss {seen_loss / (1 - 0.98**step):.3f}  {100 * spent:.0f} %", flush=True)
-    return net.eval()
+        return torch.stack(losses).sum(), {}
+
+
+def train(stage: ScorerStage, out: Path, *, minutes: float, device: str = "cpu") -> nn.Module:
+    """The stage's net after some minutes, with the moving average of its weights."""
+    config = TrainerConfig(
+        out, minutes=minutes, optimiser="muon", lr=3e-3, betas=(0.9, 0.98), ema=0.995, hold=0.2, device=device
+    )
+    trainer = Trainer(stage, config)
+    trainer.train()
+    trainer.average.swap()  # for good: what follows is the export
+    return stage.net.cpu().eval()
 
 
 def labels_of(data: People, rows: Iterable[int], attributes: Values) -> np.ndarray:
     """(N, attributes): the index of each value, -1 for what cannot be seen."""
-    seen = [visible(data.attributes[i], data.styles[i]) for i in rows]
+    seen = []
+    for i in rows:
+        shown = visible(data.attributes[i], data.styles[i])
+        if (data.masks[int(i)] == labels_in_masks.CLOTHES).mean() < LEAST_CLOTHES:
+            shown.pop("clothes_color", None)
+        seen.append(shown)
     return np.array([[v.index(s[n]) if n in s else -1 for n, v in attributes.items()] for s in seen])
 
 
@@ -237,18 +251,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the attribute scorer on rendered people.")
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (python -m facesnap.synthetic)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6, help="of processor time, both nets together")
-    parser.add_argument("--pictures", type=int, default=12_000, help="how many to read (50 KB of memory each)")
+    parser.add_argument("--minutes", type=float, default=16, help="both nets together")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pictures", type=int, default=20_000, help="how many to read (50 KB of memory each)")
     arguments = parser.parse_args()
     data, out = load_people(arguments.data), arguments.out
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[: arguments.pictures])
     left_out = data.person[rows] % 20 == 0
+    torch.set_num_threads(1)  # two can corrupt the heap in bfloat16 convolutions on a CPU
     out.mkdir(parents=True, exist_ok=True)
     accuracy: dict[str, dict] = {}
     for view, share in (("face", 0.3), ("whole", 0.7)):
         attributes = VIEWS[view]
         pictures, labels = read(data, rows, view), labels_of(data, rows, attributes)
-        net = train(pictures[~left_out], labels[~left_out], attributes, minutes=share * arguments.minutes)
+        torch.manual_seed(0)
+        stage = ScorerStage(pictures[~left_out], labels[~left_out], attributes)
+        net = train(stage, out / f"{view}_run", minutes=share * arguments.minutes, device=arguments.device)
         example = torch.zeros(1, 3, *pictures.shape[1:3])
         path, names = str(out / f"attributes_{view}.onnx"), {"input_names": ["image"], "output_names": ["logits"]}
         torch.onnx.export(net, (example,), path, **names, dynamo=False)

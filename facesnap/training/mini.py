@@ -8,6 +8,7 @@
 |--------------|-----------------------------------------------------------------|------------------------|
 | people       | nothing: renders the shards                                     |                        |
 | faces        | detector, landmark net, recognisers A, B and C (facenets.py)    | people                 |
+| scorer       | the evaluation's judges of what a prompt asks for               | people                 |
 | head         | the head model and its regressor (least squares)                | faces                  |
 | vae          | the VAE (vae.py)                                                | people                 |
 | face_encoder | face encoder and the second text encoder (face_encoder.py)      | people                 |
@@ -60,8 +61,16 @@ FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made o
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
 # the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
-SHARES = {"faces": 0.16, "vae": 0.20, "face_encoder": 0.06, "joint": 0.43, "facesnap": 0.15}
-MINUTES = {"faces": 60.0, "vae": 120.0, "face_encoder": 20.0, "joint": 420.0, "facesnap": 90.0, "identity": 60.0}
+SHARES = {"faces": 0.20, "scorer": 0.03, "vae": 0.18, "face_encoder": 0.06, "joint": 0.40, "facesnap": 0.13}
+MINUTES = {
+    "faces": 100.0,
+    "scorer": 16.0,
+    "vae": 120.0,
+    "face_encoder": 20.0,
+    "joint": 420.0,
+    "facesnap": 90.0,
+    "identity": 60.0,
+}
 
 
 HINT = (
@@ -117,6 +126,12 @@ def faces(run: Run, minutes: float) -> None:
     }.items():
         (run.work / target).parent.mkdir(exist_ok=True)
         shutil.copy(place / f"{source}.onnx", run.work / f"{target}.onnx")
+
+
+def scorer(run: Run, minutes: float) -> None:
+    _module(
+        "facesnap.evaluation.scorer", data=run.data, out=run.work / "scorer", minutes=minutes, device=run.device,
+    )  # fmt: skip
 
 
 def vae(run: Run, minutes: float) -> None:
@@ -370,7 +385,7 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-ORDER = (people, faces, head, vae, face_encoder, features, joint, facesnap, assemble)
+ORDER = (people, faces, scorer, head, vae, face_encoder, features, joint, facesnap, assemble)
 STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, identity)}
 
 

@@ -337,7 +337,7 @@ def test_the_scorer_learns_what_pictures_show_and_ignores_what_they_hide(tmp_pat
     one, two = (stage.batch(np.random.default_rng(3)) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert 0.25 < float((one["labels"][:, 0] == 1).float().mean()) < 0.75  # the rare one is drawn often
-    net = train(stage, tmp_path, minutes=0.1)
+    net = train(stage, tmp_path, steps=60, ema=0.9, warmup=5)
     with torch.no_grad():
         seen = net(torch.from_numpy(pictures[:50]).permute(0, 3, 1, 2).float() / 127.5 - 1)[:, :2].argmax(1)
     assert (seen.numpy() == labels[:50, 0]).mean() > 0.9

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -225,11 +226,10 @@ class ScorerStage(Stage):
         return torch.stack(losses).sum(), {}
 
 
-def train(stage: ScorerStage, out: Path, *, minutes: float, device: str = "cpu") -> nn.Module:
-    """The stage's net after some minutes, with the moving average of its weights."""
-    config = TrainerConfig(
-        out, minutes=minutes, optimiser="muon", lr=3e-3, betas=(0.9, 0.98), ema=0.995, hold=0.2, device=device
-    )
+def train(stage: ScorerStage, out: Path, **options: Any) -> nn.Module:
+    """The stage's net after some minutes or steps (`TrainerConfig`), with the moving average of its weights."""
+    options = {"optimiser": "muon", "lr": 3e-3, "betas": (0.9, 0.98), "ema": 0.995, "hold": 0.2} | options
+    config = TrainerConfig(out, **options)
     trainer = Trainer(stage, config)
     trainer.train()
     trainer.average.swap()  # for good: what follows is the export

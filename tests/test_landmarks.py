@@ -1,6 +1,5 @@
 """The order of the 72, its mirror, and the drawing."""
 
-
 import numpy as np
 import pytest
 

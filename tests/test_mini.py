@@ -265,3 +265,16 @@ def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else
     told["identity"].backward()
     assert stages[1].parts.mixer.w_id.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in stages[1].parts.unet.parameters())
+
+
+def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    layer = torch.nn.Linear(12, 20)
+    old = rng.standard_normal((400, 12)).astype(np.float32) + 3
+    new = 7 * old @ np.linalg.qr(rng.standard_normal((12, 12)))[0].astype(np.float32) - 1
+    wanted = layer(torch.from_numpy(old))
+    left = mini.refit(layer, old, new)
+    assert left < 1e-3
+    assert (layer(torch.from_numpy(new)) - wanted).abs().max() < 0.05 * wanted.std()
+    assert mini.refit(layer, rng.standard_normal((400, 12)).astype(np.float32), new) > 0.8  # a stranger to it

@@ -228,8 +228,8 @@ class ScorerStage(Stage):
 
 def train(stage: ScorerStage, out: Path, **options: Any) -> nn.Module:
     """The stage's net after some minutes or steps (`TrainerConfig`), with the moving average of its weights."""
-    options = {"optimiser": "muon", "lr": 3e-3, "betas": (0.9, 0.98), "ema": 0.995, "hold": 0.2} | options
-    config = TrainerConfig(out, **options)
+    recipe: dict[str, Any] = {"optimiser": "muon", "lr": 3e-3, "betas": (0.9, 0.98), "ema": 0.995, "hold": 0.2}
+    config = TrainerConfig(out, **recipe | options)
     trainer = Trainer(stage, config)
     trainer.train()
     trainer.average.swap()  # for good: what follows is the export

@@ -20,6 +20,7 @@
 
 Every stage resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a finished
 checkpoint (`--out`), so that training goes on from weights that were shipped: then features, joint, facesnap, assemble.
+Where recogniser A was trained anew in between, `adopt` comes before joint: it teaches the shipped mixer to read it.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,6 +60,7 @@ from .trainer import Trainer, TrainerConfig
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
+ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
 # the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
@@ -207,6 +210,39 @@ def unpack(run: Run, minutes: float) -> None:
             shutil.copytree(run.out / name, run.work / name, dirs_exist_ok=True)
     for name in Parts.__dataclass_fields__:
         shutil.copytree(run.out / name, run.work / "start" / name, dirs_exist_ok=True)
+
+
+def adopt(run: Run, minutes: float) -> None:
+    """The unpacked mixer reads a new recogniser A: its projection says of the new embeddings what it said of the old.
+
+    A ridge regression on pictures of known faces; what it leaves unexplained is for the stages that follow.
+    """
+    from facesnap.faces import Recogniser, five_points
+
+    known, found = load_people(run.data), feats.Features.load(run.work / "features" / "faces")
+    old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
+    rows = np.flatnonzero(found.found)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ADOPTED)).astype(int)]
+    before = np.stack([old.embed(known.images[int(row)], five_points(found.points68[row])) for row in rows])
+    mixer: Any = FacialAttributeMixer.from_pretrained(run.work / "start" / "mixer")
+    left = refit(mixer.w_id, before, found.embeddings[rows])
+    print(f"{left:.2f} of what the mixer's projection said is left unexplained")
+    mixer.save_pretrained(run.work / "start" / "mixer")
+
+
+@torch.no_grad()
+def refit(layer: nn.Linear, old: np.ndarray, new: np.ndarray) -> float:
+    """Change `layer` so that it says of inputs `new` (N, D) what it said of `old` (N, D), by ridge regression.
+
+    Returns the share of its outputs' variance that is left unexplained.
+    """
+    wanted = layer(torch.from_numpy(old)).double().numpy()
+    x, middle, centre = new.astype(np.float64), wanted.mean(0), new.mean(0, dtype=np.float64)
+    ridge = 1e-3 * len(x) * x.var(0).mean() * np.eye(x.shape[1])
+    weight = np.linalg.solve((x - centre).T @ (x - centre) + ridge, (x - centre).T @ (wanted - middle))
+    layer.weight.copy_(torch.from_numpy(weight.T))
+    layer.bias.copy_(torch.from_numpy(middle - centre @ weight))
+    return float((wanted - middle - (x - centre) @ weight).var() / (wanted - middle).var())
 
 
 def joint(run: Run, minutes: float) -> None:
@@ -386,7 +422,7 @@ def store_half(path: Path) -> None:
 
 
 ORDER = (people, faces, scorer, head, vae, face_encoder, features, joint, facesnap, assemble)
-STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, identity)}
+STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, adopt, identity)}
 
 
 def _save(path: Path, array: np.ndarray) -> None:

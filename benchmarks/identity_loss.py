@@ -40,7 +40,7 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> di
     stage = diffusion_stage(run, load_parts(args.model), joint=False, identity=identity if arm == "with" else None)
     stage.batch_size = args.batch
     config = TrainerConfig(
-        folder / "run", steps=args.steps, optimiser="adamw", lr=args.lr, betas=(0.9, 0.98), ema=0.99, warmup=30,
+        folder / "run", steps=args.steps, optimiser="muon", lr=args.lr, betas=(0.9, 0.98), ema=0.99, warmup=30,
         hold=0.5, seed=seed, device=args.device, log_every=max(1, min(20, args.steps)), sheet_every=0,
     )  # fmt: skip
     trainer = Trainer(stage, config)
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--weight", type=float, default=0.5, help="λ")
     parser.add_argument("--branch-steps", type=int, default=4)
     parser.add_argument("--every", type=int, default=2)

@@ -9,6 +9,7 @@ from test_data import write_shard
 from torch import nn
 
 from facesnap.training import vae as vae_module
+from facesnap.training.data import load_people
 from facesnap.training.trainer import Average, Stage, Trainer, TrainerConfig, orthogonal, rate
 
 
@@ -244,7 +245,22 @@ def test_a_decoder_that_goes_on_alone_leaves_the_latents_as_they_were(tmp_path):
     with torch.no_grad():
         latents = vae.encode(pictures).latent_dist.mean
     decoder = vae.decoder.conv_in.weight.detach().clone()
-    stage = vae_module.VaeStage(vae, tmp_path, batch_size=2, crop=8, decoder_only=True)
+    known = load_people(tmp_path)
+    with torch.no_grad():
+        whole = vae.encode(vae_module.to_tensor(known.images[:])).latent_dist.mean.numpy()
+    with pytest.raises(ValueError, match="1 latents for"):
+        vae_module.VaeStage(vae, tmp_path, batch_size=2, crop=8, latents=whole[:1])
+    stage = vae_module.VaeStage(vae, tmp_path, batch_size=2, crop=8, latents=whole)
+    batch = stage.batch(np.random.default_rng(0))
+    for latent, image in zip(batch["latents"], batch["images"], strict=True):  # the part that lies under the crop
+        row, x, y = next(
+            (row, x, y)
+            for row in stage.rows
+            for x in range(0, known.size[1] - 7, 2)
+            for y in range(0, known.size[0] - 7, 2)
+            if torch.equal(vae_module.to_tensor(known.images[[row]])[0, :, y : y + 8, x : x + 8], image)
+        )
+        assert np.array_equal(latent.numpy(), whole[row, :, y // 2 : y // 2 + 4, x // 2 : x // 2 + 4])
     assert set(stage.people.person[stage.rows].tolist()) == {1, 2}
     trainer = Trainer(stage, config(tmp_path / "out", steps=3))
     trainer.train()

@@ -6,7 +6,7 @@ folded into the 1 × 1 convolutions around the latents when training ends (`fold
 factor is 1.
 
     python -m facesnap.training.vae --data DIR --out DIR --export DIR --minutes M [--threads T]
-    python -m facesnap.training.vae … --decoder-only --start DIR     # latents stay what they were
+    python -m facesnap.training.vae … --latents FILE --start DIR     # the decoder alone: latents stay what they were
 
 Training goes by crops of 128², more often around the eyes and the mouth, which are small and matter most, and
 weighs them up in the loss as well.
@@ -28,6 +28,7 @@ from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 LATENT_CHANNELS = 16
 WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
+DECODER_NOISE = 0.05  # on latents of deviation 1: what a denoiser makes is not exact
 VALIDATION = 40  # one person in so many is never trained on
 
 
@@ -51,7 +52,11 @@ def make_vae(widths: Sequence[int] = WIDTHS) -> AutoencoderKL:
 
 
 class VaeStage(Stage):
-    """Crops in, the same crops out."""
+    """Crops in, the same crops out.
+
+    With latents (N, C, h, w) of all pictures in `folder`, as the encoder gives them, the encoder is frozen and the
+    decoder alone learns: from the part of the whole picture's latents that lies under a crop.
+    """
 
     def __init__(
         self,
@@ -61,18 +66,20 @@ class VaeStage(Stage):
         batch_size: int = 8,
         crop: int = 128,
         kl: float = 2e-5,
-        decoder_only: bool = False,
+        latents: np.ndarray | None = None,
     ) -> None:
         self.vae = vae
         self.folder = folder
         self.batch_size = batch_size
         self.crop = crop
         self.kl = kl
-        self.decoder_only = decoder_only
-        if decoder_only:
+        self.latents, self.factor = latents, 2 ** (len(vae.config.block_out_channels) - 1)
+        self._load()
+        if latents is not None:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.refresh()
+            if len(latents) != len(self.people):
+                raise ValueError(f"{len(latents)} latents for {len(self.people)} pictures in {folder}")
         held = np.flatnonzero(self.people.person % VALIDATION == VALIDATION - 1)
         if not len(held):
             raise ValueError(f"{folder} holds no person n with n % {VALIDATION} == {VALIDATION - 1} to validate on")
@@ -80,6 +87,10 @@ class VaeStage(Stage):
         self.held_people = self.people
 
     def refresh(self) -> None:
+        if self.latents is None:
+            self._load()
+
+    def _load(self) -> None:
         people = load_people(self.folder)
         self.rows = np.flatnonzero(people.person % VALIDATION != VALIDATION - 1)
         self.people = people
@@ -88,30 +99,48 @@ class VaeStage(Stage):
         return {"vae": self.vae}
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        people, rows = self.people, self.rows
-        images, weights = [], []
+        images, weights, latents = [], [], []
         for _ in range(self.batch_size):
-            row = int(rng.choice(rows))
-            image, weight = crop_and_weight(people, row, self.crop, rng)
+            row = int(rng.choice(self.rows))
+            x, y = crop_corner(self.people, row, self.crop, rng)
+            if self.latents is not None:
+                x, y = x // self.factor * self.factor, y // self.factor * self.factor
+            image, weight = crop_and_weight(self.people, row, x, y, self.crop)
+            if self.latents is not None:
+                side, left, top = self.crop // self.factor, x // self.factor, y // self.factor
+                latents.append(self.latents[row, :, top : top + side, left : left + side])
+                self._ignore_cut_sides(weight, x, y)
+            elif rng.random() < 0.5:
+                image, weight = image[:, ::-1], weight[:, ::-1]
             images.append(image)
             weights.append(weight)
-        return {
-            "images": to_tensor(np.stack(images)),
-            "weights": torch.from_numpy(np.stack(weights)[:, None]),
-        }
+        batch = {"images": to_tensor(np.stack(images)), "weights": torch.from_numpy(np.stack(weights)[:, None])}
+        return batch | ({"latents": torch.from_numpy(np.stack(latents)).float()} if latents else {})
+
+    def _ignore_cut_sides(self, weight: np.ndarray, x: int, y: int) -> None:
+        """What is decoded beside a cut lacks its neighbours, and is asked for nothing."""
+        height, width = self.people.size
+        rim = self.factor // 2
+        weight[: rim if y > 0 else 0] = 0
+        weight[self.crop - (rim if y + self.crop < height else 0) :] = 0
+        weight[:, : rim if x > 0 else 0] = 0
+        weight[:, self.crop - (rim if x + self.crop < width else 0) :] = 0
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch["images"]
-        with torch.set_grad_enabled(not self.decoder_only):
+        images, logs = batch["images"], {}
+        if self.latents is None:
             posterior = self.vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        error = decoded.float() - images
+            mean, deviation = posterior.mean, posterior.std
+            logs["kl"] = (
+                0.5 * (mean.float().square() + deviation.float().square() - 1 - posterior.logvar.float()).mean()
+            )
+        else:
+            mean, deviation = batch["latents"], DECODER_NOISE
+        noise = torch.randn(mean.shape, generator=generator, device=images.device)
+        error = self.vae.decode(mean + deviation * noise).sample.float() - images
         loss = reconstruction_loss(error, batch["weights"])
-        psnr = 10 * torch.log10(4 / error.detach().square().mean())
-        return loss + self.kl * kl, {"psnr": psnr, "kl": kl}
+        logs["psnr"] = 10 * torch.log10(4 / error.detach().square().mean())
+        return loss + self.kl * logs["kl"] if "kl" in logs else loss, logs
 
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> dict[str, float]:
@@ -132,12 +161,8 @@ class VaeStage(Stage):
         return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes))}
 
 
-def crop_and_weight(people: People, row: int, crop: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop)
-    float32.
-
-    Weights: background and clothes 1, the head 1.5, eyes and mouth 4. Half of the crops are mirrored.
-    """
+def crop_corner(people: People, row: int, crop: int, rng: np.random.Generator) -> tuple[int, int]:
+    """x and y where a square crop begins, more often around the eyes and the mouth."""
     points = people.landmarks[row]
     height, width = people.size
     parts = {"eyes": points[36:52], "mouth": points[52:], "face": points}
@@ -146,8 +171,16 @@ def crop_and_weight(people: People, row: int, crop: int, rng: np.random.Generato
         centre = rng.uniform([0, 0], [width, height])
     else:
         centre = parts[part].mean(0) + rng.normal(0, crop / 6, 2)
-    x = int(np.clip(centre[0] - crop / 2, 0, width - crop))
-    y = int(np.clip(centre[1] - crop / 2, 0, height - crop))
+    return int(np.clip(centre[0] - crop / 2, 0, width - crop)), int(np.clip(centre[1] - crop / 2, 0, height - crop))
+
+
+def crop_and_weight(people: People, row: int, x: int, y: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop)
+    float32.
+
+    Weights: background and clothes 1, the head 1.5, eyes and mouth 4.
+    """
+    points = people.landmarks[row]
     window = np.s_[y : y + crop, x : x + crop]
     labels = people.masks[row][window]
     weight = np.where((labels == BACKGROUND) | (labels == CLOTHES), 1.0, 1.5).astype(np.float32)
@@ -155,10 +188,7 @@ def crop_and_weight(people: People, row: int, crop: int, rng: np.random.Generato
         hull = cv2.convexHull(np.round(feature - (x, y)).astype(np.int32))
         cv2.fillConvexPoly(weight, hull, 4.0)
         cv2.polylines(weight, [hull], True, 4.0, thickness=5)
-    image = people.images[row][window]
-    if rng.random() < 0.5:
-        image, weight = image[:, ::-1], weight[:, ::-1]
-    return np.ascontiguousarray(image), np.ascontiguousarray(weight)
+    return people.images[row][window].copy(), weight
 
 
 def reconstruction_loss(error: Tensor, weights: Tensor) -> Tensor:
@@ -176,7 +206,7 @@ def reconstruction_loss(error: Tensor, weights: Tensor) -> Tensor:
         + 0.5 * (error.square() * weights).mean()
         + 0.5 * gradients
         + 0.7 * (fine.abs() * F.avg_pool2d(weights, 2)).mean()
-        + 1.5 * coarse.abs().mean()
+        + 1.5 * (coarse.abs() * (F.avg_pool2d(weights, 8) > 0)).mean()
     )
 
 
@@ -222,7 +252,7 @@ def export(trainer: Trainer, stage: VaeStage, folder: Path) -> None:
     vae = make_vae(stage.vae.config.block_out_channels)
     with trainer.averaged():
         vae.load_state_dict(stage.vae.state_dict())
-    if not stage.decoder_only:
+    if stage.latents is None:
         some = stage.rows[np.linspace(0, len(stage.rows) - 1, min(400, len(stage.rows))).astype(int)]
         fold_normalisation(vae, *latent_statistics(vae, stage.people.images[some], torch.device("cpu")))
     vae.save_pretrained(folder)
@@ -253,17 +283,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", type=Path, help="a saved VAE to go on from")
-    parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder, so that latents stay valid")
+    parser.add_argument(
+        "--latents", type=Path, help="of all pictures in DATA (stage features writes them): the decoder alone learns"
+    )
     parser.add_argument("--export-only", action="store_true", help="save the last checkpoint's VAE and end")
     args = parser.parse_args()
-    if args.decoder_only and args.start is None:
-        parser.error("--decoder-only needs --start: a decoder learns to read the latents of a given encoder")
+    if args.latents and args.start is None:
+        parser.error("--latents needs --start: a decoder learns to read the latents of a given encoder")
 
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()
-    stage = VaeStage(vae, args.data, batch_size=args.batch, crop=args.crop, decoder_only=args.decoder_only)
+    latents = np.load(args.latents, mmap_mode="r") if args.latents else None
+    stage = VaeStage(vae, args.data, batch_size=args.batch, crop=args.crop, latents=latents)
     config = TrainerConfig(
         args.out, minutes=args.minutes, optimiser="muon", lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4,
         ema=0.995, seed=args.seed, device=args.device,

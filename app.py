@@ -11,10 +11,13 @@ except ImportError:
 
 import argparse
 import ctypes
+import html
 import importlib.util
 import json
 import logging
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -726,8 +729,11 @@ def validate(names: list[str]) -> Callable[..., list[dict[str, Any]]]:
 
 
 def words(error: Exception) -> str:
-    """What a visitor may read of an error; Gradio's own are meant for visitors (a GPU quota that is used up)."""
-    return str(error.message) if isinstance(error, gr.Error) else sentence(error)
+    """What a visitor may read of an error; Gradio's own are meant for visitors (a GPU quota that is used up), and may
+    hold the HTML of a toast."""
+    if not isinstance(error, gr.Error):
+        return sentence(error)
+    return html.unescape(re.sub(r"<[^>]*>", "", str(error.message))).strip()
 
 
 def slider(name: str, value: float, step: float, label: str, info: str | None = None) -> gr.Slider:
@@ -842,6 +848,8 @@ def main(arguments: list[str] | None = None) -> None:
         allowed = safety.checker(is_mini=model in (str(MINI), "mini"))
     except InputError as error:
         sys.exit(f"{error}\nThe environment variable FACESNAP_MODEL names the checkpoint to serve.")
+    # Ended by its host as by Ctrl-C: Gradio then deletes the visitors' files on its way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     launch(build(pipeline, allowed=allowed))
 
 

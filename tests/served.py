@@ -5,6 +5,7 @@ Its "photos" are noise that says who it shows (tiny.py). Fixtures; conftest.py m
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,11 @@ def wait_for(happened, seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.05)
+
+
+def idle() -> bool:
+    """No portrait is being made: the thread that makes one is gone."""
+    return not any(thread.name == "portrait" for thread in threading.enumerate())
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +97,7 @@ def page(pipe, tmp_path_factory):
         patch.setattr(app, "ASSETS", assets)
         demo = app.build(slow, most_waiting=MOST_WAITING)
         _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
-    yield SimpleNamespace(url=url, pipe=slow)
+    yield SimpleNamespace(url=url, pipe=slow, demo=demo)
     demo.close()
 
 

@@ -540,7 +540,12 @@ class Page:
         seeds = [made["seed"] for made in report["pictures"]]
         update = {
             self.stage: gr.HTML(views.STAGE_EMPTY, visible=False),
-            self.pictures: gr.Gallery(list(paths), columns=1 if len(paths) == 1 else 2, visible=True),
+            # The captions are not shown: they are the alternative texts.
+            self.pictures: gr.Gallery(
+                [(path, f"Portrait with seed {seed}") for path, seed in zip(paths, seeds, strict=True)],
+                columns=1 if len(paths) == 1 else 2,
+                visible=True,
+            ),
             self.summary: gr.HTML(views.summary(report), visible=True),
             self.download: gr.DownloadButton(value=paths[0], visible=True),
             self.again: gr.Button(f"Use seed {seeds[0]} again", visible=True),

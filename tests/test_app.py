@@ -332,7 +332,7 @@ def bad_uploads(seed: int):
 
 def test_two_hundred_bad_uploads_get_two_hundred_answers(page):
     """As a stranger sends them: each is uploaded and asked for, and what comes back is a sentence."""
-    page.pipe.pause, page.pipe.fails = 0.0, False
+    page.pipe.fresh()
     said = []
     with ThreadPoolExecutor(8) as strangers:
         answers = strangers.map(partial(call, page, "preview", {}), islice(bad_uploads(0), 200))
@@ -404,7 +404,8 @@ def test_a_client_that_leaves_ends_the_work_and_frees_the_queue(client, page, fi
 
 
 def test_a_connection_that_drops_ends_the_work(page, files):
-    page.pipe.pause, page.pipe.fails, page.pipe.steps = 1.0, False, 0
+    page.pipe.fresh()
+    page.pipe.pause = 1.0
     sent = httpx.post(f"{page.url}gradio_api/upload", files={"files": Path(files.ann).read_bytes()}).json()
     body = {"reference": {"path": sent[0], "meta": {"_type": "gradio.FileData"}}, "prompt": "", "consent": True}
     joined = httpx.post(f"{page.url}gradio_api/call/v2/generate", json=body | {"steps": 50}).json()
@@ -416,36 +417,44 @@ def test_a_connection_that_drops_ends_the_work(page, files):
     assert page.pipe.steps <= left_at + 2  # the one under way, and the next, which ends in the exception
 
 
-def test_a_full_queue_says_so(page, files, client):
-    page.pipe.pause, page.pipe.steps = 0.3, 0
-    jobs = [client.submit(**order(files, steps=50)) for _ in range(1 + MOST_WAITING)]
-    waiting = [job for job in jobs]
-    wait_for(lambda: sum("waiting" in str(job.outputs()[-1:]) for job in waiting) == MOST_WAITING)
-    with pytest.raises(AppError, match="The queue is full"):
-        client.predict(**order(files))
-    for job in jobs:
-        job.cancel()
-    page.pipe.pause = 0
+@pytest.fixture
+def held(page):
+    """The page, whose portraits wait at their first step until `gate.set()`."""
+    page.pipe.fresh()
+    page.pipe.gate.clear()
+    yield page
+    page.pipe.gate.set()
     wait_for(idle)
 
 
-def test_previews_do_not_wait_for_generations(page, files, client):
-    page.pipe.pause, page.pipe.steps = 0.3, 0
-    job = client.submit(**order(files, steps=50))
-    wait_for(lambda: page.pipe.steps >= 1)
+def lines_up(job) -> bool:
+    return "waiting" in str(job.outputs()[-1:])
+
+
+def test_a_full_queue_says_so(client, held, files):
+    jobs = [client.submit(**order(files)) for _ in range(1 + MOST_WAITING)]
+    wait_for(lambda: sum(lines_up(job) for job in jobs) == MOST_WAITING)
+    with pytest.raises(AppError, match="The queue is full"):
+        client.predict(**order(files))
+    held.pipe.gate.set()
+    assert all(job.result(timeout=120)[0] for job in jobs)  # who stood in line was served
+
+
+def test_previews_do_not_wait_for_generations(client, held, files):
+    job = client.submit(**order(files))
+    wait_for(lambda: held.pipe.steps == 1)
     _, report = client.predict(reference=handle_file(files.ann), api_name="/preview")
     assert len(report["landmarks"]) == 72 and not job.done()
-    job.cancel()
 
 
-def test_a_second_visitor_waits_for_one_picture_not_for_four(page, files, client):
-    page.pipe.pause, page.pipe.steps = 0.3, 0
-    greedy = client.submit(**order(files, count=4, steps=3))
-    wait_for(lambda: page.pipe.steps >= 1)
-    client.predict(**order(files, steps=1))
-    pictures = [len(report.get("pictures", ())) for _, report in greedy.outputs()]
-    assert max(pictures, default=0) <= 2 and not greedy.done()
-    assert len(greedy.result(timeout=120)[0]) == 4
+def test_a_second_visitor_waits_for_one_picture_not_for_four(client, held, files):
+    greedy = client.submit(**order(files, count=4, seed=10))
+    wait_for(lambda: held.pipe.steps == 1)
+    second = client.submit(**order(files, seed=99))
+    wait_for(lambda: lines_up(second))
+    held.pipe.gate.set()
+    assert len(greedy.result(timeout=120)[0]) == 4 and second.result(timeout=120)
+    assert held.pipe.seeds == [10, 99, 11, 12, 13]
 
 
 def test_the_turnstile_is_fair_and_full_in_time():
@@ -718,7 +727,7 @@ def example(language: str, page, files, folder: Path) -> str:
     section = readme.split("## Use it from another program")[1].split("\n## ")[0]
     code = re.search(rf"```{language}\n(.*?)```", section, re.S).group(1)
     shutil.copy(files.ann, folder / "me.jpg")
-    page.pipe.pause, page.pipe.fails = 0.0, False
+    page.pipe.fresh()
     return code.replace("http://127.0.0.1:7860", page.url.rstrip("/"))
 
 
@@ -761,7 +770,7 @@ def test_agents_find_and_call_the_two_tools(page, files):
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
-    page.pipe.pause, page.pipe.fails = 0.0, False
+    page.pipe.fresh()
     photo = "data:image/png;base64," + base64.b64encode(Path(files.ann).read_bytes()).decode()
 
     async def talk():

@@ -94,6 +94,7 @@ def test_first_visit_to_portrait(visit, files, shoot):
     assert re.search(r"Made by\s+tiny, best: 2 steps", said)
     tab.wait_for_selector("#generate")
     assert not tab.locator("#stop").is_visible()
+    assert re.fullmatch(r"Portrait with seed \d+", tab.locator("#pictures img").first.get_attribute("alt"))
     shoot(tab, "done")
     assert downloaded(tab).text["seed"] in said
 
@@ -330,7 +331,10 @@ def test_a_closed_tab_ends_the_work_and_frees_the_queue(visit, page, files):
 
 
 def test_who_waits_is_told_so_and_who_cannot_wait_too(visit, page, files, shoot):
-    first, *waiting, late = working(visit, page, files), *(ready(visit(), files.bob) for _ in range(MOST_WAITING + 1))
+    first, late, *waiting = [ready(visit(), files.ann) for _ in range(MOST_WAITING + 2)]
+    page.pipe.gate.clear()
+    first.locator("#generate").click()
+    wait_for(lambda: page.pipe.steps == 1)
     for tab in waiting:
         tab.locator("#generate").click()
         tab.wait_for_selector("#status :text('made before yours')")
@@ -339,10 +343,13 @@ def test_who_waits_is_told_so_and_who_cannot_wait_too(visit, page, files, shoot)
     late.wait_for_selector("#status .fs-error:has-text('The queue is full')")
     assert late.locator("#generate").is_visible()
     shoot(late, "queue-full")
-    waiting.pop().locator("#stop").click()  # who waits may stop, too
-    first.locator("#stop").click()
-    page.pipe.pause = 0
-    waiting[0].wait_for_selector("#pictures img")
+    left = waiting.pop()  # who waits may stop, too
+    left.locator("#stop").click()
+    left.wait_for_selector("#status :text('Stopped.')")
+    page.pipe.gate.set()
+    for tab in (first, *waiting):
+        tab.wait_for_selector("#pictures img")
+    assert len(page.pipe.seeds) == 1 + len(waiting)
 
 
 # Everybody ------------------------------------------------------------------------------------------------

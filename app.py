@@ -11,10 +11,13 @@ except ImportError:
 
 import argparse
 import ctypes
+import html
 import importlib.util
 import json
 import logging
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -75,9 +78,13 @@ THEME = gr.themes.Base(
     input_background_fill="*neutral_100",
     input_background_fill_dark="#181715",
     input_border_color_dark="*neutral_800",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
     button_secondary_background_fill_dark="*neutral_800",
     button_secondary_background_fill_hover_dark="*neutral_700",
-    checkbox_background_color_dark="*neutral_800",
+    checkbox_background_color_dark="*neutral_900",
+    checkbox_border_color="*neutral_400",
+    checkbox_border_color_dark="*neutral_500",
     block_background_fill_dark="*neutral_900",
     block_border_color_dark="*neutral_800",
 )  # fmt: skip
@@ -135,7 +142,7 @@ class Page:
                 self._result_card()
                 if self.shelf:
                     self._example_card()
-        gr.HTML(views.FOOT)
+        gr.HTML(views.foot(self.settings.about.get("license", "that of their source")))
         self._wire()
 
     # -------------------------------------------------------------- what there is
@@ -159,14 +166,17 @@ class Page:
                     elem_id="references",
                 )
                 self.seen = gr.HTML(views.SEEN_EMPTY, elem_id="seen")
-            self.more = MorePhotos(
-                "Add another photo",
-                file_count="multiple",
-                file_types=["image"],
-                visible=False,
-                size="sm",
-                elem_id="more",
-            )
+            # The tip keeps the button's place, so that what is below does not move under a visitor's finger.
+            with gr.Row(elem_id="photo-foot"):
+                gr.HTML(views.TIP)
+                self.more = MorePhotos(
+                    "Add another photo",
+                    file_count="multiple",
+                    file_types=["image"],
+                    visible=False,
+                    size="sm",
+                    elem_id="more",
+                )
 
     def _pose_card(self) -> None:
         form = self.form
@@ -223,7 +233,7 @@ class Page:
                 lines=2,
                 max_lines=6,
                 max_length=MAX_PROMPT,
-                placeholder=self.shelf[0]["prompt"] if self.shelf else "in a red jacket, by the sea",
+                placeholder=f"For example: {self.shelf[0]['prompt'] if self.shelf else 'in a red jacket, by the sea'}",
                 elem_id="prompt",
             )
             names = [style.name for style in styles(settings)]
@@ -271,7 +281,7 @@ class Page:
                         value=settings.size,
                         step=self._grid,
                         label="Size",
-                        info="side of the square with the same area, in pixels",
+                        info="pixels of a side; other aspects keep the area",
                     )
                 with gr.Row():
                     form["count"] = gr.Slider(1, MAX_COUNT, value=1, step=1, label="Pictures")
@@ -349,14 +359,20 @@ class Page:
             **self.QUIET,
         )  # fmt: skip
         photos = form["references"]
-        photos.change(
-            lambda paths: gr.UploadButton(visible=bool(paths) and len(paths) < MAX_REFERENCES), photos, self.more,
-            queue=False, **self.QUIET,
-        )  # fmt: skip
-        # A gallery that is filled from here need not say that it changed: the preview is asked for.
-        self.more.upload(
+        room: dict[str, Any] = {
+            "fn": lambda paths: gr.UploadButton(visible=bool(paths) and len(paths) < MAX_REFERENCES),
+            "inputs": photos,
+            "outputs": self.more,
+            "queue": False,
+            **self.QUIET,
+        }
+        photos.change(**room)
+        # A gallery that is filled from here need not say that it changed: what follows from it is asked for.
+        added = self.more.upload(
             lambda more, paths: [*(paths or []), *more], [self.more, photos], photos, **self.QUIET
-        ).then(**look)  # fmt: skip
+        )  # fmt: skip
+        added.then(**room)
+        added.then(**look)
         form["preset"].input(self.show_preset, form["preset"], [form["steps"], form["guidance"]], **self.QUIET)
         running = [
             gr.on(
@@ -383,6 +399,7 @@ class Page:
                 **self.QUIET,
             )
             running.append(example)
+            example.then(**room)
             example.then(**look)
         stopped = {"fn": self.show_stopped, "outputs": [self.status, self.stage, self.go, self.stop], "queue": False}
         # Twice, because a step that was on its way when Stop was pressed may arrive after the first.
@@ -394,9 +411,9 @@ class Page:
             **self.QUIET,
         )  # fmt: skip
         self.again.click(
-            lambda seeds, chosen: (seeds[chosen], False),
+            self.use_again,
             [self.seeds, self.chosen],
-            [form["seed"], form["new_seed"]],
+            [form["seed"], form["new_seed"], self.status],
             queue=False,
             **self.QUIET,
         )
@@ -523,7 +540,12 @@ class Page:
         seeds = [made["seed"] for made in report["pictures"]]
         update = {
             self.stage: gr.HTML(views.STAGE_EMPTY, visible=False),
-            self.pictures: gr.Gallery(list(paths), columns=1 if len(paths) == 1 else 2, visible=True),
+            # The captions are not shown: they are the alternative texts.
+            self.pictures: gr.Gallery(
+                [(path, f"Portrait with seed {seed}") for path, seed in zip(paths, seeds, strict=True)],
+                columns=1 if len(paths) == 1 else 2,
+                visible=True,
+            ),
             self.summary: gr.HTML(views.summary(report), visible=True),
             self.download: gr.DownloadButton(value=paths[0], visible=True),
             self.again: gr.Button(f"Use seed {seeds[0]} again", visible=True),
@@ -540,6 +562,12 @@ class Page:
             gr.DownloadButton(value=pictures[event.index][0]),
             gr.Button(f"Use seed {seeds[event.index]} again"),
         )
+
+    @staticmethod
+    def use_again(seeds: list[int], chosen: int) -> tuple[int, bool, Any]:
+        """The chosen picture's seed is put into the form, and a note says so: the form's own fields are folded away."""
+        kept = f"The next portrait uses seed {seeds[chosen]} until “New seed each time” under Advanced is ticked again."
+        return seeds[chosen], False, gr.HTML(views.note(kept), visible=True)
 
 
 def add_endpoints(studio: Studio) -> None:
@@ -726,8 +754,11 @@ def validate(names: list[str]) -> Callable[..., list[dict[str, Any]]]:
 
 
 def words(error: Exception) -> str:
-    """What a visitor may read of an error; Gradio's own are meant for visitors (a GPU quota that is used up)."""
-    return str(error.message) if isinstance(error, gr.Error) else sentence(error)
+    """What a visitor may read of an error; Gradio's own are meant for visitors (a GPU quota that is used up), and may
+    hold the HTML of a toast."""
+    if not isinstance(error, gr.Error):
+        return sentence(error)
+    return html.unescape(re.sub(r"<[^>]*>", "", str(error.message))).strip()
 
 
 def slider(name: str, value: float, step: float, label: str, info: str | None = None) -> gr.Slider:
@@ -842,6 +873,8 @@ def main(arguments: list[str] | None = None) -> None:
         allowed = safety.checker(is_mini=model in (str(MINI), "mini"))
     except InputError as error:
         sys.exit(f"{error}\nThe environment variable FACESNAP_MODEL names the checkpoint to serve.")
+    # Ended by its host as by Ctrl-C: Gradio then deletes the visitors' files on its way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     launch(build(pipeline, allowed=allowed))
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/load.py --out load.json
 
-Starts `app.py` (or takes `--url` and `--pid` of one that runs), and prints and writes how many requests succeeded, were
-told that the queue is full, or failed; p50 and p95 of the seconds they took; and the server's memory after its first
-portrait and at the end. A client asks for two previews and then a portrait, over and over, with pauses of up to two
-seconds, as fast hands might. The exit status is 1 where a request failed for another reason than a full queue.
+Starts `app.py` (or takes `--url` and `--pid` of one that runs). Prints, also as the README's table, and writes how many
+requests succeeded, were told that the queue is full, or failed; p50 and p95 of the seconds they took; and the server's
+memory after its first portrait and at the end. A client asks for two previews and then a portrait, over and over, with
+pauses of up to two seconds, as fast hands might. The exit status is 1 where a request failed for another reason than a
+full queue.
 """
 
 import argparse
@@ -84,6 +85,24 @@ def megabytes(pid: int) -> float:
     return psutil.Process(pid).memory_info().rss / 2**20
 
 
+def table(report: dict) -> str:
+    """The numbers as the README shows them."""
+    rows = [
+        f"| {report['clients']} clients, {report['seconds']:g} s | answered | “queue is full” | failed | p50 | p95 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what in ("preview", "generate"):
+        row = report[what]
+        rows.append(
+            f"| `/{what}` | {row['ok']} | {row['full']} | {row['failed']} | {row['p50_s']} s | {row['p95_s']} s |"
+        )
+    memory = report["memory_mb"]
+    rows.append(
+        f"\nMemory {memory['start']} MB after the first portrait, {memory['end']} MB at the end: {memory['ratio']} ×."
+    )
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=20)
@@ -119,7 +138,7 @@ def main() -> None:
             server.wait()
 
     rows = [row for visitor in visitors for row in visitor.seen]
-    report: dict[str, object] = {"clients": given.clients, "seconds": given.seconds}
+    report: dict = {"clients": given.clients, "seconds": given.seconds}
     for what in ("preview", "generate"):
         outcomes = Counter(outcome.partition(":")[0] for name, outcome, _ in rows if name == what)
         took = [seconds for name, outcome, seconds in rows if name == what and outcome == "ok"]
@@ -130,6 +149,7 @@ def main() -> None:
     report["failures"] = failures[:10]
     report["load_average"] = [round(value, 1) for value in os.getloadavg()]  # other work on the machine shows here
     print(json.dumps(report, indent=2))
+    print(table(report))
     if given.out:
         given.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit(bool(failures))

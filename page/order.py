@@ -39,7 +39,7 @@ ASPECTS = {"1:1": 1.0, "4:5": 4 / 5, "3:4": 3 / 4, "2:3": 2 / 3, "4:3": 4 / 3, "
 MOST_AREA = 1.5  # times that of the checkpoint's square
 
 NO_CONSENT = "Please tick the box first: it says that the people in the photos agree."
-NO_REFERENCE = "There is no photo yet: add one of the person to portray."
+NO_REFERENCE = "There is no photo yet: add one of the person."
 NO_POSE_PHOTO = "There is no photo of a pose yet: add one, or choose another pose."
 
 

@@ -19,10 +19,12 @@ HELD_BACK = "The safety checker held this portrait back: try other words or anot
 
 
 def is_public() -> bool:
-    """Whether strangers reach this page: on a Space, or where the server listens beyond this machine."""
+    """Whether strangers reach this page: on a Space, through a shared link or a proxy (which GRADIO_ROOT_PATH tells
+    of), or where the server listens beyond this machine."""
     server = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     shared = os.environ.get("GRADIO_SHARE", "").lower() == "true"
-    return "SPACE_ID" in os.environ or shared or server not in ("127.0.0.1", "localhost", "::1")
+    proxied = bool({"SPACE_ID", "GRADIO_ROOT_PATH"} & os.environ.keys())
+    return proxied or shared or server not in ("127.0.0.1", "localhost", "::1")
 
 
 def checker(*, is_mini: bool) -> Callable[[Image.Image], None]:

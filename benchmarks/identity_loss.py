@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
-from facesnap.evaluation.report import commit, machine  # noqa: E402
+from facesnap.evaluation.report import commit, fingerprint, machine  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
 from facesnap.training.mini import Run, diffusion_stage, load_parts  # noqa: E402
@@ -58,11 +58,16 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> di
 def evaluate(args: argparse.Namespace, model: Path, report: Path) -> dict:
     if not report.exists():
         work, first = report.with_suffix(".work"), args.out / "start.work"
-        if first.is_dir() and not work.exists():  # the true pictures are the same for all
+        if first.is_dir() and not work.exists():
+            # the true pictures are the same for all, and so is what face pack and scorer, which no arm changes, see
             work.mkdir()
             for picture in first.glob("*.png"):
                 if not picture.name.startswith("portrait"):
                     os.link(picture, work / picture.name)
+            settings, *rows = (args.out / "start.jsonl").read_text().splitlines(keepends=True)
+            own = json.dumps(json.loads(settings) | {"model": fingerprint(model)}) + "\n"
+            seen = [row for row in rows if not json.loads(row)["key"].startswith("portrait")]
+            report.with_suffix(".jsonl").write_text("".join([own, *seen]))
         command = [sys.executable, "-m", "facesnap.evaluation", "--model", str(model), "--out", str(report)]
         command += ["--people", str(args.people), "--poses", str(args.poses), "--seed", "0", "--device", args.device]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

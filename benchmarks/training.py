@@ -349,9 +349,12 @@ def sdxl_peaks() -> dict[int, int]:
         return peaks(loss, unet, ffrnet, tokens, pooled, 1024, torch.autocast("cpu", torch.bfloat16))
 
 
-def step_peak(side: int, count: int, *, steps: int = 0, samples: int = 1, learn: str = "all") -> tuple[int, int]:
-    """(peak bytes, learning weights) of a whole training step at SDXL's size: mixer, the masked loss of `count`
-    pictures of side² pixels and, with `steps`, the identity loss of `samples` of them, forward and backward."""
+def whole_step(side: int, count: int, *, steps: int = 0, samples: int = 1, learn: str = "all") -> dict[str, float]:
+    """Peak bytes, operations and learning weights of a training step at SDXL's size: mixer, the masked loss of `count`
+    pictures of side² pixels and, with `steps`, the identity loss of `samples` of them, forward and backward.
+
+    What gradient checkpointing computes again is counted; the frozen encoders are not.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, ffrnet, loss = sdxl_parts()
         mixer, loss.steps = FacialAttributeMixer(), max(steps, 1)
@@ -361,7 +364,7 @@ def step_peak(side: int, count: int, *, steps: int = 0, samples: int = 1, learn:
         text, control = torch.zeros(count, 77, 2048, dtype=unet.dtype), torch.zeros(count, 3, side, side)
         embeddings, clip = torch.zeros(count, 1, 512), torch.zeros(count, 1, 257, 1280)
         known = known_tensors(learning, mixer, unet, ffrnet, loss.vae, loss.recogniser)
-        with LiveBytes(known) as live:
+        with FlopCounterMode(display=False) as counter, LiveBytes(known) as live:
             with torch.autocast("cpu", torch.bfloat16):
                 mixed = mixer(embeddings, clip)
 
@@ -377,18 +380,22 @@ def step_peak(side: int, count: int, *, steps: int = 0, samples: int = 1, learn:
                     faces = FACE[None].repeat(samples, 0) * side
                     value = value + loss(predict, noisy[:samples], faces, torch.ones(samples, 512)).mean()
             value.backward()
-        return live.peak, sum(p.numel() for p in learning)
+        return {
+            "peak": live.peak,
+            "tflop": counter.get_total_flops() / 1e12,
+            "learning": sum(p.numel() for p in learning),
+        }
 
 
 def card(run: dict) -> dict:
     """GB on a card of one of the runs of docs/training.md: weights and what hangs on them, and a step's peak."""
-    peak, learning = step_peak(**{key: value for key, value in run.items() if key != "optimiser_bytes"})
+    step = whole_step(**{key: value for key, value in run.items() if key != "optimiser_bytes"})
     told = json.loads((ROOT / "benchmarks" / "results" / "flops-sdxl.json").read_text())["weights_gb_float16"]
     phi = 4 * sum(p.numel() for p in iresnet50().parameters()) / 1e9
     weights = phi + sum(2 * gb if name in ("mixer", "ffrnet") else gb for name, gb in told.items())
-    state = learning * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
-    return run | {"weights_gb": weights, "state_gb": state, "peak_gb": peak / 1e9,
-                  "sum_gb": weights + state + peak / 1e9}  # fmt: skip
+    state = step["learning"] * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
+    sizes = {"weights_gb": weights, "state_gb": state, "peak_gb": step["peak"] / 1e9}
+    return run | sizes | {"sum_gb": sum(sizes.values()), "tflop_a_sample": step["tflop"] / run["count"]}
 
 
 def main() -> None:
@@ -423,7 +430,7 @@ def main() -> None:
         for name, measure in (
             ("small", lambda: small_peaks(args.model)),
             ("sdxl_fake", sdxl_peaks),
-            ("sdxl_step", lambda: {steps: step_peak(1024, 1, steps=steps)[0] for steps in STEPS}),
+            ("sdxl_step", lambda: {steps: int(whole_step(1024, 1, steps=steps)["peak"]) for steps in STEPS}),
         ):
             told = measure()
             ratio = told[STEPS[-1]] / told[STEPS[0]]
@@ -431,11 +438,11 @@ def main() -> None:
             row = "  ".join(f"{steps}: {value / 1e6:,.1f} MB" for steps, value in told.items())
             print(f"  {name:10} {row}   8 steps / 1 step {ratio:.3f}, goal 1.15", flush=True)
     if "cards" in wanted:
-        print("GB on a card, counted: weights; gradients, EMA and optimiser; a step's peak; together")
+        print("GB on a card, counted: weights; gradients, EMA and optimiser; a step's peak; together; TFLOP a sample")
         found["cards"] = {}
         for name, run in RUNS.items():
             found["cards"][name] = told = card(run)
-            parts = (f"{told[f'{part}_gb']:6.1f}" for part in ("weights", "state", "peak", "sum"))
+            parts = (f"{told[key]:6.1f}" for key in ("weights_gb", "state_gb", "peak_gb", "sum_gb", "tflop_a_sample"))
             print(f"  {name:28} {' '.join(parts)}", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

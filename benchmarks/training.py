@@ -349,11 +349,14 @@ def sdxl_peaks() -> dict[int, int]:
         return peaks(loss, unet, ffrnet, tokens, pooled, 1024, torch.autocast("cpu", torch.bfloat16))
 
 
-def whole_step(side: int, count: int, *, steps: int = 0, samples: int = 1, learn: str = "all") -> dict[str, float]:
-    """Peak bytes, operations and learning weights of a training step at SDXL's size: mixer, the masked loss of `count`
-    pictures of side² pixels and, with `steps`, the identity loss of `samples` of them, forward and backward.
+def whole_step(
+    side: int, count: int, *, steps: int = 0, samples: int = 1, learn: str = "all", operations: bool = False
+) -> tuple[int, int]:
+    """(peak bytes, weights that learn) of a training step at SDXL's size: mixer, the masked loss of `count` pictures of
+    side² pixels and, with `steps`, the identity loss of `samples` of them, forward and backward.
 
-    What gradient checkpointing computes again is counted; the frozen encoders are not.
+    With `operations` instead of bytes their number, of which what gradient checkpointing computes again is part and the
+    frozen encoders are not. One at a time: the counter of operations holds on to tensors.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, ffrnet, loss = sdxl_parts()
@@ -364,7 +367,7 @@ def whole_step(side: int, count: int, *, steps: int = 0, samples: int = 1, learn
         text, control = torch.zeros(count, 77, 2048, dtype=unet.dtype), torch.zeros(count, 3, side, side)
         embeddings, clip = torch.zeros(count, 1, 512), torch.zeros(count, 1, 257, 1280)
         known = known_tensors(learning, mixer, unet, ffrnet, loss.vae, loss.recogniser)
-        with FlopCounterMode(display=False) as counter, LiveBytes(known) as live:
+        with FlopCounterMode(display=False) if operations else LiveBytes(known) as counter:
             with torch.autocast("cpu", torch.bfloat16):
                 mixed = mixer(embeddings, clip)
 
@@ -380,22 +383,21 @@ def whole_step(side: int, count: int, *, steps: int = 0, samples: int = 1, learn
                     faces = FACE[None].repeat(samples, 0) * side
                     value = value + loss(predict, noisy[:samples], faces, torch.ones(samples, 512)).mean()
             value.backward()
-        return {
-            "peak": live.peak,
-            "tflop": counter.get_total_flops() / 1e12,
-            "learning": sum(p.numel() for p in learning),
-        }
+        found = counter.get_total_flops() if operations else counter.peak
+        return found, sum(p.numel() for p in learning)
 
 
 def card(run: dict) -> dict:
     """GB on a card of one of the runs of docs/training.md: weights and what hangs on them, and a step's peak."""
-    step = whole_step(**{key: value for key, value in run.items() if key != "optimiser_bytes"})
+    step = {key: value for key, value in run.items() if key != "optimiser_bytes"}
+    peak, learning = whole_step(**step)
+    flop, _ = whole_step(**step, operations=True)
     told = json.loads((ROOT / "benchmarks" / "results" / "flops-sdxl.json").read_text())["weights_gb_float16"]
     phi = 4 * sum(p.numel() for p in iresnet50().parameters()) / 1e9
     weights = phi + sum(2 * gb if name in ("mixer", "ffrnet") else gb for name, gb in told.items())
-    state = step["learning"] * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
-    sizes = {"weights_gb": weights, "state_gb": state, "peak_gb": step["peak"] / 1e9}
-    return run | sizes | {"sum_gb": sum(sizes.values()), "tflop_a_sample": step["tflop"] / run["count"]}
+    state = learning * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
+    sizes = {"weights_gb": weights, "state_gb": state, "peak_gb": peak / 1e9}
+    return run | sizes | {"sum_gb": sum(sizes.values()), "tflop_a_sample": flop / 1e12 / run["count"]}
 
 
 def main() -> None:
@@ -430,7 +432,7 @@ def main() -> None:
         for name, measure in (
             ("small", lambda: small_peaks(args.model)),
             ("sdxl_fake", sdxl_peaks),
-            ("sdxl_step", lambda: {steps: int(whole_step(1024, 1, steps=steps)["peak"]) for steps in STEPS}),
+            ("sdxl_step", lambda: {steps: whole_step(1024, 1, steps=steps)[0] for steps in STEPS}),
         ):
             told = measure()
             ratio = told[STEPS[-1]] / told[STEPS[0]]

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --model assets/mini --out training.json        # some minutes on one core, no GPU
 
-Three tables:
+Four tables:
 
 1. Seconds a sample of `facesnap.training` (without the identity loss) and of a ControlNet-SDXL step as diffusers'
    train_controlnet_sdxl.py makes it, at equal sizes, taking turns in one process: the base, the VAE and the pictures
@@ -10,7 +10,10 @@ Three tables:
 2. The same two steps at SDXL's size, in floating-point operations counted on fake tensors, which have no content.
 3. Peak bytes of all tensors that live while the identity loss is computed and differentiated, those of weights,
    gradients and optimiser left out, for 1, 2, 4 and 8 steps of its branch: for real on the small model, on fake tensors
-   at SDXL's size. Goal: 8 steps take at most 1.15 × the memory of 1.
+   at SDXL's size. Goal: 8 steps take at most 1.15 × the memory of 1. `sdxl_step` is a whole training step: from
+   the second use of FFRNet on (the masked loss, or a second step) one sum of its gradients waits inside PyTorch for the
+   last use, which `sdxl_fake` shows as a step from 1 to 2.
+4. What a card must hold for the runs of docs/training.md, in GB: counted in the same way.
 """
 
 import argparse
@@ -43,10 +46,18 @@ from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 from facesnap.training.identity import Block, IdentityLoss, IResNet  # noqa: E402
 from facesnap.training.losses import add_noise, diffusion_target  # noqa: E402
-from facesnap.training.portraits import Cache, PortraitStage  # noqa: E402
+from facesnap.training.portraits import Cache, PortraitStage, what_learns  # noqa: E402
 from facesnap.training.trainer import Batch, Trainer, TrainerConfig  # noqa: E402
 
+PARTS = ("speed", "operations", "memory", "cards")
 STEPS = (1, 2, 4, 8)
+ALPHAS = torch.linspace(0.999, 0.005, 1000)  # made here, since a fake tensor has no values
+NO_AUTOCAST = contextlib.nullcontext()
+RUNS = {  # of configs/, as docs/training.md tells them
+    "sdxl.yaml": {"side": 1024, "count": 7, "steps": 4, "samples": 7, "optimiser_bytes": 8},
+    "sdxl.yaml, no identity loss": {"side": 1024, "count": 7, "optimiser_bytes": 8},
+    "sdxl-24gb.yaml": {"side": 768, "count": 1, "steps": 1, "learn": "light", "optimiser_bytes": 2},
+}
 FACE = np.array([[0.38, 0.40], [0.62, 0.40], [0.50, 0.52], [0.41, 0.64], [0.59, 0.64]])  # of a picture's side
 
 
@@ -256,28 +267,36 @@ def operations() -> dict:
 # ------------------------------------------------------------------------------------------------ 3. memory
 
 
-def peaks(loss: IdentityLoss, unet, ffrnet, tokens: Tensor, pooled: Tensor, side: int, *, dtype=None) -> dict[int, int]:
+def added_for(unet, side: int, count: int = 1) -> dict[str, Tensor]:
+    """SDXL's added conditions of `count` pictures of side² pixels."""
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=unet.dtype)
+    return {"text_embeds": torch.zeros(count, width, dtype=unet.dtype), "time_ids": ids.expand(count, -1)}
+
+
+def known_tensors(learning: list[Tensor], *modules: nn.Module) -> list[Tensor]:
+    """Weights, and the gradients of those that learn, which are made: they are not to count."""
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*learning, *(p.grad for p in learning), *(p for m in modules for p in m.parameters())]
+    return known + [b for m in modules for b in m.buffers()]
+
+
+def peaks(
+    loss: IdentityLoss, unet, ffrnet, tokens: Tensor, pooled: Tensor, side: int, autocast=NO_AUTOCAST
+) -> dict[int, int]:
     """{steps: peak bytes} of the identity loss, forward and backward, for one sample of side² pixels."""
     grid, channels = side // loss.factor, unet.config.in_channels
     noise, control = torch.zeros(1, channels, grid, grid) + 0.1, torch.zeros(1, 3, side, side)
     text = torch.zeros(1, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
-    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    added = {
-        "text_embeds": torch.zeros(1, width, dtype=unet.dtype),
-        "time_ids": torch.tensor([[side, side, 0, 0, side, side]], dtype=unet.dtype),
-    }
+    added = added_for(unet, side)
 
     def predict(noisy: Tensor, t: Tensor) -> Tensor:
         with attach(unet, ffrnet, tokens=tokens, pooled=pooled, control=control):
             return unet(noisy.to(unet.dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
 
     learning = [tokens, pooled, *ffrnet.parameters()]
-    for parameter in learning:
-        parameter.grad = torch.zeros_like(parameter)
-    modules = (unet, ffrnet, loss.vae, loss.recogniser)
-    known = [*learning, *(p.grad for p in learning), *(p for m in modules for p in m.parameters())]
-    known += [b for m in modules for b in m.buffers()]
-    autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+    known = known_tensors(learning, unet, ffrnet, loss.vae, loss.recogniser)
     found = {}
     for steps in STEPS:
         loss.steps = steps
@@ -301,18 +320,84 @@ def small_peaks(model: str) -> dict[int, int]:
     return peaks(loss, pipe.unet.requires_grad_(False), pipe.ffrnet, tokens, pooled, pipe.settings.size)
 
 
+@contextlib.contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """New weights are of this dtype: fake ones cannot be converted in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def sdxl_parts() -> tuple[UNet2DConditionModel, FFRNet, IdentityLoss]:
+    """SDXL as it is trained: frozen weights in bfloat16, FFRNet in float32, gradient checkpointing on."""
+    with made_in(torch.bfloat16):
+        unet, vae = sdxl_unet(), sdxl_vae()
+    ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
+    for module in (unet, ffrnet, vae):
+        module.enable_gradient_checkpointing()
+    return unet, ffrnet, IdentityLoss(iresnet50(), vae, ALPHAS, "epsilon")
+
+
 def sdxl_peaks() -> dict[int, int]:
-    """At SDXL's size and 1024², frozen weights in bfloat16, the rest by autocast, gradient checkpointing on."""
-    alphas = torch.linspace(0.999, 0.005, 1000)  # outside: a fake tensor has no values
+    """Of the identity loss alone, at SDXL's size and 1024²."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = sdxl_unet()
-        ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
-        unet.to(torch.bfloat16)
-        loss = IdentityLoss(iresnet50(), sdxl_vae().to(torch.bfloat16), alphas, "epsilon")
-        for module in (unet, ffrnet, loss.vae):
-            module.enable_gradient_checkpointing()
+        unet, ffrnet, loss = sdxl_parts()
         tokens, pooled = torch.zeros(1, 16, 2048, requires_grad=True), torch.zeros(1, 1280, requires_grad=True)
-        return peaks(loss, unet, ffrnet, tokens, pooled, 1024, dtype=torch.bfloat16)
+        return peaks(loss, unet, ffrnet, tokens, pooled, 1024, torch.autocast("cpu", torch.bfloat16))
+
+
+def whole_step(
+    side: int, count: int, *, steps: int = 0, samples: int = 1, learn: str = "all", operations: bool = False
+) -> tuple[int, int]:
+    """(peak bytes, weights that learn) of a training step at SDXL's size: mixer, the masked loss of `count` pictures of
+    side² pixels and, with `steps`, the identity loss of `samples` of them, forward and backward.
+
+    With `operations` instead of bytes their number, of which what gradient checkpointing computes again is part and the
+    frozen encoders are not. One at a time: the counter of operations holds on to tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet, ffrnet, loss = sdxl_parts()
+        mixer, loss.steps = FacialAttributeMixer(), max(steps, 1)
+        learning = [*mixer.parameters(), *what_learns(ffrnet, learn)]
+        grid = side // loss.factor
+        noisy, t = torch.zeros(count, 4, grid, grid) + 0.1, torch.zeros(count, dtype=torch.long)
+        text, control = torch.zeros(count, 77, 2048, dtype=unet.dtype), torch.zeros(count, 3, side, side)
+        embeddings, clip = torch.zeros(count, 1, 512), torch.zeros(count, 1, 257, 1280)
+        known = known_tensors(learning, mixer, unet, ffrnet, loss.vae, loss.recogniser)
+        with FlopCounterMode(display=False) if operations else LiveBytes(known) as counter:
+            with torch.autocast("cpu", torch.bfloat16):
+                mixed = mixer(embeddings, clip)
+
+                def predict(noisy: Tensor, t: Tensor) -> Tensor:
+                    few = len(noisy)
+                    faces = {"tokens": mixed.tokens[:few], "pooled": mixed.pooled[:few], "control": control[:few]}
+                    with attach(unet, ffrnet, **faces):
+                        added = added_for(unet, side, few)
+                        return unet(noisy.to(unet.dtype), t, text[:few], added_cond_kwargs=added, return_dict=False)[0]
+
+                value = predict(noisy, t).float().square().mean()
+                if steps:
+                    faces = FACE[None].repeat(samples, 0) * side
+                    value = value + loss(predict, noisy[:samples], faces, torch.ones(samples, 512)).mean()
+            value.backward()
+        found = counter.get_total_flops() if operations else counter.peak
+        return found, sum(p.numel() for p in learning)
+
+
+def card(run: dict) -> dict:
+    """GB on a card of one of the runs of docs/training.md: weights and what hangs on them, and a step's peak."""
+    step = {key: value for key, value in run.items() if key != "optimiser_bytes"}
+    peak, learning = whole_step(**step)
+    flop, _ = whole_step(**step, operations=True)
+    told = json.loads((ROOT / "benchmarks" / "results" / "flops-sdxl.json").read_text())["weights_gb_float16"]
+    phi = 4 * sum(p.numel() for p in iresnet50().parameters()) / 1e9
+    weights = phi + sum(2 * gb if name in ("mixer", "ffrnet") else gb for name, gb in told.items())
+    state = learning * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
+    sizes = {"weights_gb": weights, "state_gb": state, "peak_gb": peak / 1e9}
+    return run | sizes | {"sum_gb": sum(sizes.values()), "tflop_a_sample": flop / 1e12 / run["count"]}
 
 
 def main() -> None:
@@ -321,10 +406,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file of all figures")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--only", choices=("speed", "operations", "memory"), nargs="+")
+    parser.add_argument("--only", choices=PARTS, nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = args.only or ("speed", "operations", "memory")
+    wanted = args.only or PARTS
     found: dict = {"command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]), "commit": commit()}
     found |= {"machine": machine(), "torch": torch.__version__}
     if "speed" in wanted:
@@ -344,12 +429,23 @@ def main() -> None:
     if "memory" in wanted:
         found["memory"] = {}
         print("peak bytes of the identity loss, without weights, gradients and optimiser")
-        for name, measure in (("small", lambda: small_peaks(args.model)), ("sdxl_fake", sdxl_peaks)):
+        for name, measure in (
+            ("small", lambda: small_peaks(args.model)),
+            ("sdxl_fake", sdxl_peaks),
+            ("sdxl_step", lambda: {steps: whole_step(1024, 1, steps=steps)[0] for steps in STEPS}),
+        ):
             told = measure()
             ratio = told[STEPS[-1]] / told[STEPS[0]]
             found["memory"][name] = {"bytes": told, "ratio_8_to_1": ratio}
             row = "  ".join(f"{steps}: {value / 1e6:,.1f} MB" for steps, value in told.items())
             print(f"  {name:10} {row}   8 steps / 1 step {ratio:.3f}, goal 1.15", flush=True)
+    if "cards" in wanted:
+        print("GB on a card, counted: weights; gradients, EMA and optimiser; a step's peak; together; TFLOP a sample")
+        found["cards"] = {}
+        for name, run in RUNS.items():
+            found["cards"][name] = told = card(run)
+            parts = (f"{told[key]:6.1f}" for key in ("weights_gb", "state_gb", "peak_gb", "sum_gb", "tflop_a_sample"))
+            print(f"  {name:28} {' '.join(parts)}", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=2) + "\n")

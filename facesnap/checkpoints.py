@@ -3,6 +3,7 @@
     python -m facesnap.checkpoints show instantid      what it would fetch: repository, size, licence, cached or not
     python -m facesnap.checkpoints fetch instantid     fetch it now (asks first; --yes for scripts)
     python -m facesnap.checkpoints check assets/mini   keys, shapes and dtypes of a folder, and what is missing
+    python -m facesnap.checkpoints init --out START    an untrained FaceSnap on a base model, for facesnap.training
 
 | name | what it is |
 |---|---|
@@ -35,13 +36,25 @@ from insightface.utils.storage import download as insightface_download
 from transformers import CLIPVisionModel
 
 from . import checks
-from .faces import FaceAnalyser, _pack_folder
+from .faces import FaceAnalyser, Recogniser, _pack_folder
+from .ffrnet import VARIANTS, FFRNet, Variant
 from .heads import from_pretrained as read_head
 from .heads import gnm
 from .images import InputError
 from .instantid import FaceAdapter, InstantIDPipeline
 from .memory import check_mode, default_device
-from .pipeline import BASE_PARTS, SETTINGS_NAME, FaceSnapPipeline, Settings, _read_settings, _reading
+from .mixer import VARIANTS as MIXERS
+from .mixer import FacialAttributeMixer
+from .mixer import Variant as MixerVariant
+from .pipeline import (
+    BASE_PARTS,
+    SCORER_NAME,
+    SETTINGS_NAME,
+    FaceSnapPipeline,
+    Settings,
+    _read_settings,
+    _reading,
+)
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
 ASK_ABOVE = 100e6  # bytes
@@ -266,6 +279,7 @@ class Plan:
     sources: dict[str, Source] = field(default_factory=dict)
     base: str | None = None
     base_was_chosen: bool = False
+    is_start: bool = False  # of training: what `init` puts together
 
     @property
     def is_public_instantid(self) -> bool:
@@ -356,7 +370,7 @@ def _existing(given: str | Path, part: str) -> Path:
 
 
 def _find_base(base: str, places: dict[str, Path], sources: dict[str, Source]) -> None:
-    path = Path(base)
+    path = MINI if base == "mini" else Path(base)
     if path.is_dir():
         places["base"] = path
     elif path.is_file():
@@ -438,12 +452,15 @@ def fetch(wanted: Plan, yes: bool = False) -> None:
     if total > ASK_ABOVE and not yes:
         question = f"'{wanted.name}' needs {_size(total)} from {', '.join(s.repo for s, files in missing)}"
         if not sys.stdin.isatty():
+            if wanted.is_start:
+                raise InputError(f"{question}; to fetch it give --yes.")
             raise InputError(
                 f"{question}; to fetch it run `python -m facesnap.checkpoints fetch {wanted.name} --yes`, "
                 "or name the model in FACESNAP_MODEL."
             )
         if input(f"{question}. Fetch it? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise InputError(f"Nothing was fetched; facesnap.checkpoints show {wanted.name} lists the files.")
+            hint = "" if wanted.is_start else f"; facesnap.checkpoints show {wanted.name} lists the files"
+            raise InputError(f"Nothing was fetched{hint}.")
     _check_room(total)
     for k, (source, files) in enumerate(missing):
         if constants.HF_HUB_OFFLINE:
@@ -551,17 +568,24 @@ def load(
         pipe.settings = Settings(name="InstantID", kind="instantid", steps=30, guidance=5.0, about=about)
     else:
         pipe = pipeline_class.from_pipe(stock, wanted.place("weights"), providers=providers, **given)
-    if wanted.base in BASES and (wanted.base_was_chosen or wanted.is_public_instantid):
-        how = BASES[wanted.base]
-        pipe.settings = replace(pipe.settings, steps=how.steps, guidance=how.guidance)
-        if how.turbo:  # "DPM++ SDE Karras" as diffusers has it: one call of the UNet a step
-            pipe.scheduler = DPMSolverSinglestepScheduler.from_config(
-                pipe.scheduler.config, algorithm_type="dpmsolver++", use_karras_sigmas=True, final_sigmas_type="zero"
-            )
+    if wanted.base_was_chosen or wanted.is_public_instantid:
+        _sample_as(pipe, wanted.base)
     if "lora" in wanted.places or "lora" in wanted.sources:
         _load_lora(pipe, wanted.place("lora"))
     pipe.set_memory(memory, target)
     return pipe
+
+
+def _sample_as(pipe: FaceSnapPipeline, base: str | None) -> None:
+    """Steps, guidance and scheduler as a known base wants them."""
+    if base not in BASES:
+        return
+    how = BASES[base]
+    pipe.settings = replace(pipe.settings, steps=how.steps, guidance=how.guidance)
+    if how.turbo:  # "DPM++ SDE Karras" as diffusers has it: one call of the UNet a step
+        pipe.scheduler = DPMSolverSinglestepScheduler.from_config(
+            pipe.scheduler.config, algorithm_type="dpmsolver++", use_karras_sigmas=True, final_sigmas_type="zero"
+        )
 
 
 def _load_base(wanted: Plan, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -574,9 +598,11 @@ def _load_base(wanted: Plan, dtype: torch.dtype) -> StableDiffusionXLPipeline:
                 str(place), config=str(wanted.place("base_configs")), torch_dtype=dtype, local_files_only=True
             )
     ours = {}
-    if wanted.is_public_instantid:
+    if "ffrnet" in wanted.places | wanted.sources:
+        ours["ffrnet"] = _ffrnet_place(wanted)
+    elif wanted.is_public_instantid:
         ours["ffrnet"] = wanted.place("weights") / "ControlNetModel"
-    else:
+    elif "weights" in wanted.places | wanted.sources:
         names = checks.OUR_CLASSES[wanted.kind]
         ours = {name: wanted.place("weights") / name for name in names if (wanted.place("weights") / name).is_dir()}
     problems = checks.before_loading(place, ours)
@@ -611,7 +637,7 @@ def _load_parts(wanted: Plan, stock: Any, dtype: torch.dtype, providers: tuple[s
         with _reading(wanted.name, "ControlNetModel"):
             controlnet = ControlNetModel.from_pretrained(place / "ControlNetModel", torch_dtype=dtype)
         given["ffrnet"] = controlnet.eval()
-    if "face_encoder" in wanted.sources:
+    if "face_encoder" in wanted.places | wanted.sources:
         with _reading(wanted.name, "face encoder"):
             encoder = CLIPVisionModel.from_pretrained(wanted.place("face_encoder"), torch_dtype=dtype)
         given["face_encoder"] = encoder.eval()
@@ -637,6 +663,199 @@ def _load_lora(pipe: Any, place: Path) -> None:
         raise InputError(
             f"The LoRA '{files[0].name}' does not fit this base model or is damaged ({type(error).__name__})."
         ) from error
+
+
+# ---------------------------------------------------------------------- an untrained FaceSnap
+
+NEW_MIXER = "the mixer, with random weights"
+FROM_UNET = (
+    "the base UNet's encoder, its timestep and size embeddings included",
+    "the drawing's embedding; the outputs, which are zero: nothing changes until it is trained",
+)
+FROM_INSTANTID = (
+    "InstantID's encoder, attention to face tokens and outputs",
+    "the drawing's embedding, which adds nothing until it is trained (InstantID drew five points, we draw 72); a "
+    "projection of the face where InstantID took the pooled text",
+)
+FROM_FOLDER = "all of its weights"
+
+
+def init(
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    ffrnet: str | Path = "unet",
+    mixer: MixerVariant = "full",
+    variant: Variant = "predicted",
+    face_pack: str | Path | None = None,
+    head: str | Path | None = None,
+    seed: int = 0,
+    yes: bool = False,
+) -> FaceSnapPipeline:
+    """Write an untrained FaceSnap folder for a base model, whole and in half precision: what training starts from.
+
+    The mixer is new, as wide as the face encoder's states. What was kept of what is noted in the settings,
+    under `about["start"]`.
+
+    Args:
+        out: the folder to write; it must not exist yet, or be empty.
+        base: as in `load`. A FaceSnap folder lends its face encoder, face pack, head and scorer too, which are
+            otherwise those of `load`.
+        ffrnet: "unet": FFRNet begins as the base UNet's encoder. "instantid": as InstantID's public ControlNet, for
+            SDXL bases; research only. Else a folder with an FFRNet, with a ControlNet, or a FaceSnap folder.
+        mixer: a row of Table 2: "full", "id", "clip" or "concat".
+        variant: a row of Table 3: "predicted", "driver", "black", or "none" (no FFRNet).
+        face_pack, head: folders to use instead.
+        seed: of what is new.
+        yes: whether more than 100 MB may be fetched unasked.
+
+    Raises:
+        InputError: a name is wrong, something cannot be fetched, read or written, parts do not fit.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"'{out}' is there already and not empty; give another folder.")
+    for what, value, known in (("mixer", mixer, MIXERS), ("variant", variant, VARIANTS)):
+        if value not in known:
+            raise InputError(f"There is no {what} '{value}'; choose {', '.join(known)}.")
+    wanted = _start_plan(base, None if variant == "none" else ffrnet, face_pack, head)
+    fetch(wanted, yes)
+
+    dtype = torch.float16  # as it is saved; nothing is computed here
+    stock = _load_base(wanted, dtype)
+    latents = stock.vae.config.latent_channels
+    if stock.unet.config.in_channels != latents:
+        raise InputError(
+            f"The base's UNet takes {stock.unet.config.in_channels} channels, {latents} of them latents, so it is one "
+            "for inpainting; begin with the base it was made of, what is trained there serves both."
+        )
+    given = _load_parts(wanted, stock, dtype, ("CPUExecutionProvider",))
+    lender = wanted.places.get("base")
+    scorer = lender / "scorer" / SCORER_NAME if lender else None
+    if scorer is not None and scorer.is_file():
+        given["scorer"] = Recogniser(scorer)
+    kept, new = "nothing: there is no FFRNet", NEW_MIXER
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        given["mixer"] = _new_mixer(stock, given["face_encoder"], mixer).to(dtype)
+        if variant != "none":
+            made, kept, also = _first_ffrnet(wanted, stock, ffrnet)
+            given["ffrnet"], new = made.to(dtype), f"{new}; {also}" if also else new
+    pipe = FaceSnapPipeline.from_pipe(stock, **given)
+    start = {"base": wanted.base, "ffrnet": Path(ffrnet).name, "mixer": mixer, "seed": seed, "kept": kept, "new": new}
+    about: dict[str, Any] = {"start": start}
+    if any(not source.commercial for source in wanted.sources.values()):
+        names = ", ".join(source.repo for source in wanted.sources.values() if not source.commercial)
+        about["license"] = f"no commercial use, because of {names}"
+    pipe.settings = _first_settings(wanted, stock, variant, about)
+    if lender is None or not (lender / SETTINGS_NAME).is_file():
+        _sample_as(pipe, wanted.base)
+    _write_whole(pipe, out, dtype)
+    return pipe
+
+
+def _start_plan(
+    base: str | Path | None, ffrnet: str | Path | None, face_pack: str | Path | None, head: str | Path | None
+) -> Plan:
+    """What an untrained FaceSnap is made of; ffrnet None: there will be none."""
+    places: dict[str, Path] = {}
+    sources: dict[str, Source] = {}
+    chosen = str(base or DEFAULT_BASE)
+    _find_base(chosen, places, sources)
+    lender = places.get("base")
+    lends = lender is not None and (lender / SETTINGS_NAME).is_file()
+    for part, given, source in (
+        ("face_encoder", None, CLIP),
+        ("face_pack", face_pack, FACE_PACK),
+        ("head", head, HEAD),
+    ):
+        if given is not None:
+            places[part] = _existing(given, part)
+        elif lender is not None and lends and (lender / part).is_dir():
+            places[part] = lender / part
+        else:
+            sources[part] = source
+    if "head" in sources:
+        sources["head_landmarks"] = HEAD_LANDMARKS
+    if str(ffrnet) == "instantid":
+        files = tuple(file for file in INSTANTID.files if file.path.startswith("ControlNetModel/"))
+        sources["ffrnet"] = replace(INSTANTID, files=files)
+    elif ffrnet is not None and str(ffrnet) != "unet":
+        if not Path(ffrnet).is_dir():
+            nearest = difflib.get_close_matches(str(ffrnet), ("unet", "instantid"), n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else "give unet, instantid or the folder of one."
+            raise InputError(f"There is no FFRNet '{ffrnet}'; {hint}")
+        places["ffrnet"] = Path(ffrnet)
+    name = chosen if lender is None else lender.name
+    known = chosen if chosen in BASES else name
+    return Plan(f"FaceSnap on {name}", "facesnap", places, sources, known, base_was_chosen=True, is_start=True)
+
+
+def _ffrnet_place(wanted: Plan) -> Path:
+    place = wanted.place("ffrnet")
+    nested = place / ("ControlNetModel" if "ffrnet" in wanted.sources else "ffrnet")
+    return nested if nested.is_dir() else place
+
+
+def _new_mixer(stock: Any, encoder: CLIPVisionModel, variant: MixerVariant) -> FacialAttributeMixer:
+    """A mixer that takes the encoder's states and gives what the UNet takes; for ViT-H and SDXL, our default sizes."""
+    width = encoder.config.hidden_size
+    return FacialAttributeMixer(
+        clip_dim=width,
+        width=width,
+        heads=width // 64 if width % 64 == 0 else encoder.config.num_attention_heads,
+        token_dim=stock.unet.config.cross_attention_dim,
+        pooled_dim=stock.text_encoder_2.config.projection_dim,
+        variant=variant,
+    )
+
+
+def _first_ffrnet(wanted: Plan, stock: Any, ffrnet: str | Path) -> tuple[FFRNet, str, str]:
+    """An FFRNet for the base; what of it was kept, and what is new."""
+    if "ffrnet" not in wanted.places | wanted.sources:
+        return FFRNet.from_unet(stock.unet, vae_scale_factor=stock.vae_scale_factor), *FROM_UNET
+    place = _ffrnet_place(wanted)
+    with _reading(wanted.name, f"FFRNet {place.name}"):
+        made, report = FFRNet.from_pretrained(place, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} tensors are missing")
+    if "ffrnet" in wanted.places:
+        return made, f"{FROM_FOLDER}, of {wanted.place('ffrnet').name}", ""
+    widths = made.config.conditioning_embedding_out_channels
+    fresh = FFRNet.from_unet(
+        stock.unet, vae_scale_factor=stock.vae_scale_factor, conditioning_embedding_out_channels=tuple(widths),
+        load_weights_from_unet=False,
+    )  # fmt: skip
+    made.controlnet_cond_embedding = fresh.controlnet_cond_embedding
+    return made, *FROM_INSTANTID
+
+
+def _first_settings(wanted: Plan, stock: Any, variant: Variant, about: dict[str, Any]) -> Settings:
+    lender = wanted.places.get("base")
+    if lender is not None and (lender / SETTINGS_NAME).is_file():
+        settings = _read_settings(lender, lender)
+    else:
+        side = stock.unet.config.sample_size
+        size = stock.vae_scale_factor * side if isinstance(side, int) else Settings.size
+        settings = Settings(size=size, steps=30, guidance=5.0)  # what SDXL wants, unless it is a base we know
+    about = settings.about | about
+    return replace(
+        settings, name=f"FaceSnap on {wanted.base}, untrained", kind="facesnap", variant=variant, about=about
+    )
+
+
+def _write_whole(pipe: FaceSnapPipeline, out: Path, dtype: torch.dtype) -> None:
+    """The folder, or nothing of it."""
+    draft = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        pipe.save_pretrained(draft, dtype=dtype)
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        draft.rename(out)
+    except (OSError, checks.SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise InputError(f"'{out}' could not be written ({error}); make room on the disk, or give another.") from error
 
 
 # ---------------------------------------------------------------------- the command line
@@ -674,8 +893,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command == "fetch":
             sub.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("check", help="verify a checkpoint folder").add_argument("folder", type=Path)
+    sub = commands.add_parser("init", help="write an untrained FaceSnap for a base model")
+    sub.add_argument("--base", help=f"the SDXL to stand on: a folder, a safetensors file or a Hub id ({DEFAULT_BASE})")
+    begins = "what FFRNet begins as: the UNet's encoder, InstantID's ControlNet, or a folder's (%(default)s)"
+    sub.add_argument("--ffrnet", default="unet", metavar="unet|instantid|PATH", help=begins)
+    sub.add_argument("--mixer", default="full", choices=MIXERS, help="the row of Table 2 (%(default)s)")
+    sub.add_argument("--variant", default="predicted", choices=VARIANTS, help="the row of Table 3 (%(default)s)")
+    sub.add_argument("--face-pack", help="a folder to use instead of antelopev2")
+    sub.add_argument("--head", help="a folder to use instead of GNM v3")
+    sub.add_argument("--seed", type=int, default=0, help="of what is new (%(default)s)")
+    sub.add_argument("--out", type=Path, required=True, help="the folder to write")
+    sub.add_argument("--yes", action="store_true", help="do not ask before fetching")
     given = parser.parse_args(arguments)
     try:
+        if given.command == "init":
+            options = {name: value for name, value in vars(given).items() if name != "command"}
+            made = init(**options)
+            print(f"{given.out}: {made.settings.name}, {made.settings.size}², {made.settings.variant}")
+            for what in ("kept", "new"):
+                print(f"{what}: {made.settings.about['start'][what]}")
+            return
         if given.command == "check":
             report = checks.check(given.folder)
             print(checks.table(report))

@@ -531,6 +531,11 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         Raises:
             InputError: an argument is out of bounds, a photo cannot be used; in words for the user.
         """
+        if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
+            raise InputError(
+                "The model's weights are in half precision, in which a CPU is many times slower; load it with "
+                "torch_dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
+            )
         height, width = self._size(height, width)
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale

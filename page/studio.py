@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from facesnap import shaded
 from facesnap.faces import Face
 from facesnap.images import InputError, open_image, save_png
 from facesnap.landmarks import from_68
@@ -59,6 +60,7 @@ class Look:
     result: Any
     references: tuple[Reading, ...]
     driver: Reading | None
+    head: np.ndarray | None = None  # the reconstructed head, shaded, RGB uint8; where PyTorch3D is installed
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,10 @@ class Studio:
             roll=sitting.roll,
             head_size=sitting.head_size,
         )
-        return Look(result, references, driver)
+        head = None
+        if shaded.available() and result.head is not None:
+            head = shaded.picture(self.pipeline.head_model, result.head, result.drawing.shape[:2])
+        return Look(result, references, driver, head)
 
     def make(
         self, order: Order, read: Callable[[str, str], Reading] | None = None

@@ -70,7 +70,8 @@ def seen(readings: Sequence[Reading | str]) -> str:
 
 
 def preview(look: Look, pose: str, templates: Path) -> str:
-    """The reference and the driver with their landmarks, and the drawing the model is given, at its aspect."""
+    """The reference and the driver with their landmarks, the reconstructed head where it can be shaded, and the drawing
+    the model is given, at its aspect."""
     figures = [_figure(overlay(look.references[0]), "your photo", "Your photo with its landmarks.")]
     if look.driver is not None:
         count = look.driver.face.count
@@ -89,6 +90,8 @@ def preview(look: Look, pose: str, templates: Path) -> str:
     )
     joined = '<span class="fs-op" aria-hidden="true">+</span>'.join(figures)
     arrow = '<span class="fs-op" aria-hidden="true">→</span>'
+    if look.head is not None:
+        joined += arrow + _figure(look.head, "the head behind it", "The head that was reconstructed, held as asked.")
     return f'<div class="fs-figures">{joined}{arrow}{drawing}</div>{notes(look.result.notes)}'
 
 

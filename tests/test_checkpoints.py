@@ -1,6 +1,7 @@
 """Names, folders and Hub ids to pipelines, over Hub caches made by hand; nothing here reaches a network."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,21 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from fake_hub import MINI, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
+from fake_hub import MINI, half, put, tiny_sdxl, write_base, write_clip, write_pack, write_single_file
 from head_files import write_gnm
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import TinyAnalyser, photo, tiny_unet
+from tiny_batches import stream
 from tiny_instantid import write_instantid
 
 from facesnap import checkpoints, checks
+from facesnap.ffrnet import VARIANTS
 from facesnap.images import InputError
 from facesnap.instantid import InstantIDPipeline
+from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline
+from facesnap.training.train import read_config, run
 
 HEAD = MINI / "head"
 
@@ -138,6 +143,16 @@ def test_show_lists_every_file_with_size_licence_and_pin(hub, made):
     shown = checkpoints.show(checkpoints.plan("instantid"))
     assert "cached     1.69 GB  ip-adapter.bin" in shown
     assert "fetch      5.14 GB" in shown
+
+
+def test_the_readme_shows_what_the_commands_print():
+    """The listing word for word; of the check all but the megabytes, which change with every training of the mini."""
+    readme = (MINI.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{checkpoints.show(checkpoints.plan('instantid'))}\n```" in readme
+    shown = readme.split("$ python -m facesnap.checkpoints check assets/mini\n")[1].split("\n```")[0]
+    printed = checks.table(checks.check(MINI))
+    said, is_ = (re.sub(r" +\d+\.\d+( MB)?", "", text) for text in (shown, printed))
+    assert said == is_
 
 
 def test_show_from_the_command_line(capsys):
@@ -508,3 +523,121 @@ def test_check_of_no_checkpoint(tmp_path, capsys):
         checkpoints.main(["check", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="has no facesnap.json"):
         checkpoints.main(["check", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------- init
+
+
+def test_an_untrained_facesnap_changes_nothing_of_its_base(full_hub, made, tmp_path):
+    said = checkpoints.init(tmp_path / "start", base=made / "base", head=HEAD).settings.about["start"]
+    assert checks.check(tmp_path / "start").problems == () and not list(tmp_path.glob("*.tmp"))
+    pipe = FaceSnapPipeline.from_pretrained(tmp_path / "start")
+    assert pipe.settings.size == 32 and (pipe.settings.steps, pipe.settings.guidance) == (30, 5.0)
+    assert said == pipe.settings.about["start"] and "outputs, which are zero" in said["new"]
+    assert "antelopev2" in pipe.settings.about["license"]
+    assert torch.equal(pipe.ffrnet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert pipe.mixer.config.width == pipe.face_encoder.config.hidden_size
+    pipe.set_progress_bar_config(disable=True)
+    pipe.face_analyser = TinyAnalyser(pipe.head_model)
+    how = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    ours = pipe("a photo", reference=photo(1), seed=3, score=False, **how).images
+    stock = StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in checkpoints.BASE_PARTS})
+    stock.set_progress_bar_config(disable=True)
+    assert torch.equal(ours, stock("a photo", generator=torch.Generator().manual_seed(3), **how).images)
+
+
+def test_a_known_base_brings_its_sampler(full_hub, pack, tmp_path):
+    pipe = checkpoints.init(tmp_path / "start", head=HEAD)
+    assert (pipe.settings.steps, pipe.settings.guidance) == (8, 2.0)
+    assert type(FaceSnapPipeline.from_pretrained(tmp_path / "start").scheduler) is DPMSolverSinglestepScheduler
+    again, other = (
+        checkpoints.init(tmp_path / str(seed), head=HEAD, seed=seed).mixer.queries for seed in (0, 1)
+    )  # fmt: skip
+    assert torch.equal(pipe.mixer.queries, again) and not torch.equal(again, other)
+
+
+def test_instantids_controlnet_is_kept_but_for_its_drawing(full_hub, pack, made, tmp_path, capsys):
+    checkpoints.main(["init", "--ffrnet", "instantid", "--head", str(HEAD), "--out", str(tmp_path / "start")])
+    assert "kept: InstantID's encoder" in capsys.readouterr().out
+    pipe = FaceSnapPipeline.from_pretrained(tmp_path / "start")
+    assert "InstantX/InstantID" in pipe.settings.about["license"]
+    theirs = ControlNetModel.from_pretrained(made / "instantid" / "ControlNetModel").state_dict()
+    for key, tensor in pipe.ffrnet.state_dict().items():
+        if not key.startswith("controlnet_cond_embedding"):
+            assert torch.equal(tensor, theirs[key].half().float()), key
+    assert not any(tensor.any() for tensor in pipe.ffrnet.controlnet_cond_embedding.conv_out.parameters())
+
+
+def test_ffrnet_from_a_folder_or_a_facesnap(full_hub, pack, made, tmp_path):
+    wanted = load_file(made / "slim" / "ffrnet" / "diffusion_pytorch_model.safetensors")
+    for name, folder in (("a", made / "slim"), ("b", made / "slim" / "ffrnet")):
+        got = checkpoints.init(tmp_path / name, base=made / "base", ffrnet=folder, head=HEAD).ffrnet.state_dict()
+        assert all(torch.equal(got[key], tensor.half()) for key, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("mixer", "variant"), [*((m, "predicted") for m in MIXERS), *(("full", v) for v in VARIANTS if v != "predicted")]
+)
+def test_every_row_of_tables_2_and_3_begins_and_trains(mixer, variant, full_hub, pack, made, tmp_path):
+    words = ["init", "--base", str(made / "base"), "--head", str(HEAD), "--mixer", mixer, "--variant", variant]
+    checkpoints.main([*words, "--out", str(tmp_path / "start")])
+    began = FaceSnapPipeline.from_pretrained(tmp_path / "start")
+    assert began.settings.variant == variant and began.mixer.config.variant == mixer
+    assert (began.ffrnet is None) == (variant == "none")
+    config = read_config(
+        None,
+        [f"model={tmp_path / 'start'}", "shards=none", f"out={tmp_path / 'run'}", "steps=2", "warmup=0", "lr=1e-3",
+         "device=cpu", "precision=fp32", "sheet_every=0", "save_dtype=fp32", "gradient_checkpointing=false"],
+    )  # fmt: skip
+    run(config, stream=stream(1))  # at the first step the outputs are zero, and the mixer learns nothing yet
+    trained = FaceSnapPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert trained.settings.variant == variant and "training" in trained.settings.about
+    assert not torch.equal(trained.mixer.norm_out.weight, began.mixer.norm_out.weight)
+
+
+def test_a_facesnap_lends_what_is_not_learned(tmp_path):
+    checkpoints.init(tmp_path / "start", base="mini")
+    assert checks.check(tmp_path / "start").problems == ()
+    for part in ("face_pack", "head", "scorer"):
+        for file in (tmp_path / "start" / part).glob("*.onnx"):
+            assert file.read_bytes() == (MINI / part / file.name).read_bytes()
+    ours, theirs = (json.loads((folder / "facesnap.json").read_text()) for folder in (tmp_path / "start", MINI))
+    assert all(ours[key] == theirs[key] for key in ("size", "steps", "guidance", "variant"))
+
+
+def test_what_cannot_be_a_start_is_refused(full_hub, pack, made, tmp_path, monkeypatch):
+    def refused(sentence, **how):
+        with pytest.raises(InputError, match=sentence):
+            checkpoints.init(tmp_path / "start", **({"base": made / "base", "head": HEAD} | how))
+        assert not (tmp_path / "start").exists() and not (tmp_path / "start.tmp").exists()
+
+    refused("There is no FFRNet 'instantd'; did you mean 'instantid'", ffrnet="instantd")
+    refused("There is no mixer 'fll'; choose full, id, clip, concat", mixer="fll")
+    refused("There is no variant 'grey'; choose predicted", variant="grey")
+    refused("There is no base model 'nothing'", base="nothing")
+    refused(
+        "The VAE's latent channels is 16, the ControlNet's 4|ControlNet's .* the UNet's",
+        base="mini",
+        ffrnet=made / "slim",
+    )
+    other = copied(made / "base", tmp_path / "inpainting")
+    unet = tiny_unet(9, 4)
+    shutil.rmtree(other / "unet")
+    unet.save_pretrained(other / "unet")
+    half(other / "unet")
+    refused("takes 9 channels, 4 of them latents", base=other)
+    monkeypatch.setattr(
+        checkpoints.FaceSnapPipeline,
+        "save_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    refused("could not be written .*No space left.*make room", base="mini")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is there already and not empty"):
+        checkpoints.init(tmp_path / "full", base="mini")
+
+
+def test_a_start_is_not_fetched_unasked(hub, tmp_path):
+    with pytest.raises(InputError, match="'FaceSnap on Lykon/dreamshaper-xl-v2-turbo' needs .* GB .*give --yes"):
+        checkpoints.init(tmp_path / "start")

@@ -467,6 +467,13 @@ def test_every_module_takes_the_dtype_asked_for(saved, tiny_readers):
     assert portrait(again).images[0].size == (SIZE, SIZE)
 
 
+def test_half_precision_on_a_cpu_is_refused(saved, tiny_readers):
+    half = FaceSnapPipeline.from_pretrained(saved, torch_dtype=torch.float16)
+    with pytest.raises(InputError, match="half precision, in which a CPU is many times slower; load it with"):
+        half("a photo", reference=ALICE)
+    assert half.preview(ALICE).landmarks.shape == (72, 2)  # which no weights are needed for
+
+
 def test_hub_ids_are_snapshotted_first(saved, tiny_readers, monkeypatch):
     asked = []
     monkeypatch.setattr("facesnap.pipeline.snapshot_download", lambda name: asked.append(name) or saved)

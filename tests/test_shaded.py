@@ -1,13 +1,19 @@
 """The shaded head: its surface and shading, which need no PyTorch3D, and what is said without it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import SIZE, photo
 
 from facesnap import shaded, templates
 from facesnap.heads import LinearHeadModel
 from facesnap.images import InputError
 from facesnap.predictor import letterbox
+from page import views
+from page.order import Sitting
+from page.studio import Studio
 
 NOSE_TIP, LEFT_TEMPLE, RIGHT_TEMPLE = 30, 0, 16
 
@@ -50,6 +56,26 @@ def test_preview_knows_the_head_behind_its_landmarks(pipe):
     points = shaded.vertices(pipe.head_model, preview.head, (SIZE, SIZE))
     np.testing.assert_allclose(points[:, :2], preview.landmarks, atol=1e-3)
     assert pipe.preview(photo(1), preview.landmarks).head is None
+
+
+def test_the_pages_preview_shows_it_where_it_can(pipe, tmp_path, monkeypatch):
+    Image.fromarray(photo(1)).save(tmp_path / "me.png")
+    studio, sitting = Studio(pipe), Sitting(references=(str(tmp_path / "me.png"),), pose="front")
+    templates_ = Path(__file__).parents[1] / "assets" / "templates"
+    without = studio.look(sitting)
+    asked = []
+
+    def picture(model, head, size):
+        asked.append((model, head, size))
+        return np.zeros((*size, 3), np.uint8)
+
+    monkeypatch.setattr(shaded, "available", lambda: True)
+    monkeypatch.setattr(shaded, "picture", picture)
+    with_ = studio.look(sitting)
+    assert asked == [(pipe.head_model, with_.result.head, with_.result.drawing.shape[:2])]
+    assert "the head behind it" in views.preview(with_, "front", templates_)
+    if without.head is None:  # PyTorch3D is not installed
+        assert "the head behind it" not in views.preview(without, "front", templates_)
 
 
 @pytest.mark.skipif(shaded.available(), reason="PyTorch3D is installed")

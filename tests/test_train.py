@@ -196,6 +196,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(start, tmp_path):
         (["steps"], "'steps' is no key=value"),
         (["identity.steps=9"], "choose 1 to 8"),
         (["precision=fp8"], "precision 'fp8' is not known"),
+        (["learn=half"], "learn 'half' is not known; choose all, light"),
         (["trackers=[mlflow]"], "tracker 'mlflow' is not known"),
     ],
 )
@@ -254,6 +255,16 @@ def test_every_row_of_tables_2_and_3_trains_all_that_learns(start, tmp_path, mix
             assert (parameter.grad is not None) == parameter.requires_grad, f"{part}.{name}"
     assert ("ffrnet" in stage.modules()) == (variant != "none")
     assert all(not p.requires_grad for p in stage.pipe.unet.parameters())
+
+
+def test_light_training_leaves_the_unets_encoder_in_ffrnet(start, tmp_path):
+    run(read_config(None, words(start, tmp_path, steps=2, learn="light")), stream=stream(2))
+    began, ended = (FaceSnapPipeline.from_pretrained(f) for f in (start / "model", tmp_path / "model"))
+    for part in ("mixer", "ffrnet"):
+        after = dict(getattr(ended, part).named_parameters())
+        for name, before in getattr(began, part).named_parameters():
+            learns = part == "mixer" or any(word in name for word in ("attn2.", "add_embedding.", "controlnet_"))
+            assert torch.equal(after[name], before) != learns, f"{part}.{name}"
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(start, tmp_path):

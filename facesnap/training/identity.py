@@ -283,12 +283,30 @@ def few_steps(predict: Predict, noise: Tensor, alphas_cumprod: Sequence[float], 
     latents = noise * (1 - a).sqrt()
     for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
         at = torch.full((len(noise),), t, device=noise.device)
-        prediction = checkpoint(predict, latents, at, use_reentrant=False, preserve_rng_state=False).float()
+        prediction = checkpoint(
+            predict,
+            latents,
+            at,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_without_copies(noise.device),
+        ).float()
         clean = predicted_latents(kind, prediction, latents, a)
         rest = (latents - a.sqrt() * clean) / (1 - a).sqrt()
         a = torch.tensor([1.0 if after is None else alphas_cumprod[after]], device=noise.device)
         latents = a.sqrt() * clean + (1 - a).sqrt() * rest
     return latents
+
+
+def _without_copies(device: torch.device) -> Callable[[], tuple[Any, Any]]:
+    """For `checkpoint`: as it was the first time, but autocast keeps no half-precision copies of the weights.
+
+    They would all be there, as large as FFRNet, while a step is computed again and FFRNet's gradients of the later
+    steps wait.
+    """
+    kind = device.type
+    state = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    return lambda: (nullcontext(), torch.autocast(kind, **state, cache_enabled=False))
 
 
 def unscale(vae: Any, latents: Tensor) -> Tensor:

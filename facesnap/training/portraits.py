@@ -39,6 +39,10 @@ from .losses import (
 )
 from .trainer import Batch, Stage
 
+# Of FFRNet, what reads the face or the drawing, and its outputs. The rest is the base UNet's encoder, which knows
+# pictures already: with `learn` "light" it stays as it is, and needs no gradient, optimiser or average.
+LEARN = ("all", "light")
+LIGHT = ("attn2.", "add_embedding.", "controlnet_")
 Stream = Callable[[int, int, int], Iterable[Batch]]  # position, rank, world → the batches from there on
 MEGAPIXEL = 1024**2  # the VAE reads about so much at a time: at 1024² one picture fills a GPU
 
@@ -50,6 +54,13 @@ class LossConfig:
     min_snr: float | None = None  # γ of Min-SNR weighting; None: every timestep weighs the same, as in the paper
     background: float = 0.0  # the M of what is neither face nor hair
     as_printed: bool = False  # not normalised by the mask's area: a small face then weighs less
+
+
+def what_learns(ffrnet: nn.Module, learn: str) -> list[nn.Parameter]:
+    """Freeze what of FFRNet does not learn; returns the parameters that do."""
+    for name, parameter in ffrnet.named_parameters():
+        parameter.requires_grad_(learn == "all" or any(part in name for part in LIGHT))
+    return [parameter for parameter in ffrnet.parameters() if parameter.requires_grad]
 
 
 class Cache:
@@ -98,7 +109,8 @@ class PortraitStage(Stage):
     """Mixer and FFRNet of `pipe` learn from batches in the form of `photos.PhotoShards`.
 
     stream: the batches of one process from a position on. identity_loss: φ and the rest of equation 4, with
-    `lightning` the few-step UNet (the base's own where None). dtype: of the frozen parts on the device.
+    `lightning` the few-step UNet (the base's own where None). dtype: of the frozen parts on the device. learn: "all" of
+    FFRNet, or "light".
     validation: a batch that the sheets are made of. cache: where latents are kept (for data that is not augmented) and
     texts.
     """
@@ -115,6 +127,7 @@ class PortraitStage(Stage):
         identity_loss: IdentityLoss | None = None,
         lightning: nn.Module | None = None,
         checkpointing: bool = False,
+        learn: str = "all",
         validation: Batch | None = None,
         latent_cache: Cache | None = None,
         text_cache: Cache | None = None,
@@ -132,6 +145,8 @@ class PortraitStage(Stage):
             getattr(pipe, name).requires_grad_(False).eval().to(self.device, wanted)
         for module in self.modules().values():
             module.requires_grad_(True).float().train()
+        if "ffrnet" in self.modules():
+            what_learns(pipe.ffrnet, learn)
         if self.variant == "none":  # without FFRNet nothing takes the pooled face
             pipe.mixer.to_pooled.requires_grad_(False)
         self.lightning = pipe.unet

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from facesnap.faces import CROP_SCALE, Face, FaceAnalyser
-from facesnap.heads import LinearHeadModel
+from facesnap.heads import from_pretrained as read_head
 from facesnap.images import InputError, open_image
 from facesnap.landmarks import eye_distance, from_68, mirror
 from facesnap.predictor import LandmarkPredictor
@@ -123,7 +123,7 @@ class Preparer:
     def __init__(self, options: Options, device: str, providers: Sequence[str]) -> None:
         self.options = options
         self.analyser = FaceAnalyser(options.pack, tuple(providers))
-        self.predictor = options.head and LandmarkPredictor(LinearHeadModel.from_pretrained(options.head))
+        self.predictor = options.head and LandmarkPredictor(read_head(options.head))
         self.parser = options.parser and FaceParser(options.parser, device)
         self.captioner = Captioner(options.caption_model, device) if options.captions == "blip2" else None
 

@@ -2,7 +2,7 @@
 
     python -m facesnap.training.train --config configs/sdxl.yaml shards=DIR model=START out=RUN
     accelerate launch --num_processes 2 -m facesnap.training.train --config configs/sdxl.yaml …
-    accelerate launch --config_file configs/zero2.yaml -m facesnap.training.train --config configs/sdxl.yaml …
+    accelerate launch --config_file configs/accelerate-zero2.yaml -m facesnap.training.train --config …
 
 A config is a YAML file of `TrainConfig`'s fields; `key=value` after it overrides one (`identity.weight=0.25`,
 `data.batch_size=2`). `shards` is what `facesnap.training.prepare` wrote; `model` a FaceSnap folder, trained or not,
@@ -46,7 +46,7 @@ from facesnap.pipeline import FaceSnapPipeline
 
 from .identity import IdentityConfig, IdentityLoss, load_recogniser
 from .photos import PhotoConfig, PhotoShards, photo_loader
-from .portraits import Cache, LossConfig, PortraitStage, Stream
+from .portraits import LEARN, Cache, LossConfig, PortraitStage, Stream
 from .trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "insightface", "numpy")
@@ -63,6 +63,7 @@ class TrainConfig:
     validation: str | None = None  # shards of people who are not trained on; None: the sheets show training pictures
     validation_samples: int = 6
     variant: str | None = None  # a row of Table 3; the model's own by default
+    learn: str = "all"  # or "light": of FFRNet what reads face and drawing, and its outputs; for small cards
     steps: int = 360_000
     accumulate: int = 1  # batches a step and process
     optimiser: str = "adamw"  # or "adamw8bit", "muon"
@@ -100,6 +101,8 @@ class TrainConfig:
                 raise ValueError(f"{name} {value!r} is not known; choose {', '.join(PRECISIONS)}")
         if self.variant is not None and self.variant not in VARIANTS:
             raise ValueError(f"variant {self.variant!r} is not known; choose {', '.join(VARIANTS)}")
+        if self.learn not in LEARN:
+            raise ValueError(f"learn {self.learn!r} is not known; choose {', '.join(LEARN)}")
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise ValueError(f"tracker {tracker!r} is not known; choose {', '.join(TRACKERS)}")
@@ -272,7 +275,7 @@ def make_stage(
     stage = PortraitStage(
         pipe, stream, device=device, dtype=dtype, loss=config.loss, identity=config.identity,
         identity_loss=identity_loss, lightning=lightning, checkpointing=config.gradient_checkpointing,
-        validation=validation, **caches,
+        learn=config.learn, validation=validation, **caches,
     )  # fmt: skip
     if config.compile is not None:
         own = stage.lightning is not pipe.unet

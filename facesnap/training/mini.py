@@ -13,6 +13,7 @@
 | vae          | the VAE (vae.py)                                                | people                 |
 | face_encoder | face encoder and the second text encoder (face_encoder.py)      | people                 |
 | features     | nothing: latents, faces as `faces.py` finds them                | head, vae, face_encoder |
+| decoder      | the VAE's decoder alone, the latents stay                       | features               |
 | joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
 | identity     | the same with the identity loss (not part of --all)             | facesnap, recogniser B |
@@ -64,12 +65,21 @@ ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
 # the share of a budget that each stage gets, and what it gets without one (minutes on two cores)
-SHARES = {"faces": 0.20, "scorer": 0.03, "vae": 0.18, "face_encoder": 0.06, "joint": 0.40, "facesnap": 0.13}
+SHARES = {
+    "faces": 0.20,
+    "scorer": 0.03,
+    "vae": 0.15,
+    "face_encoder": 0.06,
+    "decoder": 0.05,
+    "joint": 0.38,
+    "facesnap": 0.13,
+}
 MINUTES = {
     "faces": 100.0,
     "scorer": 16.0,
     "vae": 120.0,
     "face_encoder": 20.0,
+    "decoder": 30.0,
     "joint": 420.0,
     "facesnap": 90.0,
     "identity": 60.0,
@@ -201,6 +211,19 @@ def features(run: Run, minutes: float) -> None:
         crops = feats.Features.load(place / "faces").crops
         encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
         _save(place / "clip.npy", clip.features_of(encoder, crops).half().numpy())
+
+
+def decoder(run: Run, minutes: float) -> None:
+    """The VAE's decoder goes on alone: by crops, then by whole pictures, whose edges a crop seldom shows."""
+    for name, share, options in (
+        ("crops", 0.8, {"crop": 128, "batch": 8, "lr": 1e-3}),
+        ("whole", 0.2, {"crop": SIZE, "batch": 2, "lr": 4e-4}),
+    ):
+        _module(
+            "facesnap.training.vae", data=run.data, out=run.work / f"decoder_{name}_run", export=run.work / "vae",
+            start=run.work / "vae", latents=run.work / "features" / "latents.npy", minutes=share * minutes,
+            threads=run.threads, device=run.device, **options,
+        )  # fmt: skip
 
 
 def unpack(run: Run, minutes: float) -> None:
@@ -421,7 +444,7 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-ORDER = (people, faces, scorer, head, vae, face_encoder, features, joint, facesnap, assemble)
+ORDER = (people, faces, scorer, head, vae, face_encoder, features, decoder, joint, facesnap, assemble)
 STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, adopt, identity)}
 
 

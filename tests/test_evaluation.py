@@ -203,6 +203,7 @@ def test_what_cannot_be_seen_is_not_judged():
     assert set(visible(attributes, "photo")) == {
         "style", "light", "clothes_color", "glasses", "hat"
     }  # fmt: skip
+    assert "clothes_color" not in visible({**attributes, "pattern": "striped"}, "photo")  # which of its two?
     assert not {"clothes_color", "light"} & set(visible(attributes, "pencil sketch"))
     studio = {**attributes, "background": "studio", "hat": "cap"}
     assert {"background_color", "hat_color"} <= set(visible(studio, "photo"))

@@ -52,7 +52,8 @@ def visible(attributes: dict, style: str) -> dict[str, str]:
     """Of a picture's attributes those that can be seen in it: the ones a prompt is judged by.
 
     A pencil drawing shows no colours and no tint of the light; the strokes of an oil painting swallow thin frames; a
-    landscape has no one colour; without a hat its colour is nobody's.
+    landscape has no one colour; a striped shirt has two, and nobody can see which of them was named; without a hat its
+    colour is nobody's.
     """
     hidden = set()
     if style in COLOURLESS:
@@ -61,6 +62,8 @@ def visible(attributes: dict, style: str) -> dict[str, str]:
         hidden.add("glasses")
     if attributes["background"] not in ("studio", "plain"):
         hidden.add("background_color")
+    if attributes["pattern"] == "striped":
+        hidden.add("clothes_color")
     if attributes["hat"] == "none":
         hidden.add("hat_color")
     given = {**attributes, "style": style}

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
+from benchmarks.generate import default_dtype  # noqa: E402
 from facesnap.evaluation.report import commit, machine  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
@@ -320,20 +321,9 @@ def small_peaks(model: str) -> dict[int, int]:
     return peaks(loss, pipe.unet.requires_grad_(False), pipe.ffrnet, tokens, pooled, pipe.settings.size)
 
 
-@contextlib.contextmanager
-def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """New weights are of this dtype: fake ones cannot be converted in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def sdxl_parts() -> tuple[UNet2DConditionModel, FFRNet, IdentityLoss]:
     """SDXL as it is trained: frozen weights in bfloat16, FFRNet in float32, gradient checkpointing on."""
-    with made_in(torch.bfloat16):
+    with default_dtype(torch.bfloat16):  # fake weights cannot be converted in place
         unet, vae = sdxl_unet(), sdxl_vae()
     ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
     for module in (unet, ffrnet, vae):

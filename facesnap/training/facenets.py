@@ -384,12 +384,18 @@ class NetStage(Stage):
         return self.views(rng)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        margin = {"margin": MARGIN * min(1.0, step / MARGIN_STEPS)} if "person" in batch else {}
-        losses = self.net.loss(**batch, **margin)
+        losses = self.net.loss(**batch)
         return torch.stack(list(losses.values())).sum(), losses
 
     def sample_sheet(self, path: Path) -> dict[str, float]:
         return self.measure(self.net)
+
+
+class RecogniserStage(NetStage):
+    """CosFace's margin grows over the first steps."""
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().loss(batch | {"margin": MARGIN * min(1.0, step / MARGIN_STEPS)}, step, generator)
 
 
 def train(stage: NetStage, out: Path, *, minutes: float, lr: float = 3e-3, **options: Any) -> nn.Module:
@@ -566,7 +572,7 @@ def train_recogniser(
         return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
 
     net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities))
-    train(NetStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
+    train(RecogniserStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
     kept = [k for k in net.state_dict() if not k.startswith(("prototypes", "regress"))]
     weights = {key: net.state_dict()[key].contiguous() for key in kept}  # undoes channels last
     save_file(weights, out / f"recogniser_{variant}.safetensors", metadata={"variant": variant})

@@ -241,9 +241,10 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
     return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
 
 
-def square_crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """(224, 224, 3) around the box's centre, 1.8 times its longer side; the picture's edge goes on
-    outside."""
+def square_crop(image: np.ndarray, box: np.ndarray, *, nearest: bool = False) -> np.ndarray:
+    """(224, 224, …) around the box's centre, 1.8 times its longer side; the picture's edge goes on outside.
+
+    `nearest` for pictures of labels, which must not be mixed."""
     side = CROP_SCALE * float(max(box[2] - box[0], box[3] - box[1]))
     x0, y0 = ((box[:2] + box[2:]) / 2 - side / 2).round().astype(int)
     side = max(2, round(side))
@@ -253,6 +254,7 @@ def square_crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     border = (max(-y0, 0), max(y0 + side - height, 0), max(-x0, 0), max(x0 + side - width, 0))
     whole = cv2.copyMakeBorder(part, *border, cv2.BORDER_REPLICATE)
     way = cv2.INTER_AREA if side > CROP_SIZE else cv2.INTER_CUBIC
+    way = cv2.INTER_NEAREST if nearest else way
     return cv2.resize(whole, (CROP_SIZE, CROP_SIZE), interpolation=way)
 
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ MARK, MARK_METHOD = "FaceSnap", "dwtDctSvd"  # the invisible watermark's text, a
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A photo as it was read: its face, and the part around it, RGB uint8 of at most 384², with the 72
-    landmarks (72, 2) in that part's pixels. The photo itself is not kept."""
+    landmarks (72, 2) in that part's pixels. The photo itself is not kept, unless the head model reads pictures."""
 
     face: Face
     around: np.ndarray
@@ -151,7 +151,10 @@ class Studio:
             photo = open_image(path)
         except InputError as error:
             raise InputError(f"{role}: {error}") from error
-        return around(photo, self.pipeline.analyse(photo, role))
+        face = self.pipeline.analyse(photo, role)
+        if not self.pipeline.head_model.reads_pictures:
+            face = replace(face, image=None)
+        return around(photo, face)
 
     def look(self, sitting: Sitting, read: Callable[[str, str], Reading] | None = None) -> Look:
         """How the photos are read, and the landmarks a portrait would follow; InputError as a sentence.

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -504,6 +505,15 @@ def test_closing_the_generator_ends_the_worker_within_one_step_and_leaves_the_pi
     time.sleep(0.3)
     assert len(seen) == done and not [t for t in threading.enumerate() if t.name == "portrait"]
     assert not pipe.unet._forward_pre_hooks
+
+
+def test_a_photo_is_kept_only_for_a_head_model_that_reads_it(pipe, files, monkeypatch):
+    analyse = pipe.face_analyser.analyse
+    monkeypatch.setattr(pipe.face_analyser, "analyse", lambda image: replace(analyse(image), image=image))
+    studio = Studio(pipe)
+    assert studio.read(files.ann, "The photo").face.image is None
+    monkeypatch.setattr(type(pipe.head_model), "reads_pictures", True)
+    assert studio.read(files.ann, "The photo").face.image is not None
 
 
 def test_closing_while_waiting_leaves_the_line(pipe, files):

@@ -12,6 +12,7 @@ from insightface.utils.face_align import trans_points
 
 from facesnap import landmarks as lm
 from facesnap.training import facenets, faceviews
+from facesnap.training.data import HAIR, SKIN
 from facesnap.training.facenets import Detector, LandmarkNet, RecogniserNet
 from facesnap.training.trainer import Trainer, TrainerConfig
 
@@ -118,6 +119,22 @@ def test_scenes_and_crops_keep_their_labels_in_the_picture(faces):
     assert crop.shape == (192, 192, 3) and points.shape == (68, 3)
     assert (points[36:42, 0].mean() < points[42:48, 0].mean()) and points[:, 0].min() > -30
     assert faceviews.aligned_view(faces, 0, rng, jitter=0).shape == (112, 112, 3)
+
+
+def test_a_photographed_render_changes_all_but_keeps_who_is_dark_and_who_is_fair():
+    rng = np.random.default_rng(3)
+    backgrounds = faceviews.Backgrounds(rng, 64, np.zeros((2, 64, 64, 3), np.uint8), count=4)
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:24], labels[24:48] = HAIR, SKIN
+    means = {}
+    for hair in (20, 200):
+        picture = np.full((64, 64, 3), 90, np.uint8)
+        picture[:24], picture[24:48] = hair, (210, 170, 150)
+        seen = np.stack([faceviews.as_photograph(picture, labels, backgrounds, rng) for _ in range(60)]).astype(float)
+        means[hair] = seen[:, 4:20].mean((1, 2, 3))
+        assert seen[:, 4:20].std((1, 2, 3)).mean() > 3  # strands and highlights
+        assert seen[:, 52:].mean((1, 2)).std(0).mean() > 25  # other backgrounds
+    assert (means[20][:, None] < means[200]).mean() > 0.97
 
 
 # -------------------------------------------------------------------------------------------------- losses

@@ -1,5 +1,6 @@
 """The mini's recipe at tiny size: what each stage may change, and what its samples depend on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from facesnap.synthetic.shards import write_shard
 from facesnap.training import diffusion, mini
 from facesnap.training.data import load_people
 from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
-from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, save_face_encoder
+from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, named_words, save_face_encoder
 from facesnap.training.facenets import RecogniserNet
 from facesnap.training.features import Features, head_masks, make_head_model
 from facesnap.training.identity import IdentityConfig, IdentityLoss
@@ -30,7 +31,7 @@ SIZE, GRID = 64, 4
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
-    write_shard((folder / "people.tar", 0, 4, 3, SIZE))
+    write_shard((folder / "people.tar", 0, 4, 3, SIZE, False))
     return load_people(folder)
 
 
@@ -163,7 +164,7 @@ def test_the_face_encoder_saved_alone_gives_the_same_features(people, tokenizer,
 
     encoder = make_face_encoder(64, 2, 32)
     _, text = make_text_encoders(tokenizer, (32, 32), (2, 2))
-    stage = FaceEncoderStage(encoder, text, tokenizer, people, crops_of(people), batch_size=4)
+    stage = FaceEncoderStage(encoder, text, tokenizer, people, *crops_of(people), batch_size=4)
     batch = stage.batch(np.random.default_rng(0))
     loss, _ = stage.loss(batch, 0, torch.Generator())
     loss.backward()
@@ -261,10 +262,37 @@ def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else
     (with_it, told), (skipped, untold) = logs[1]
     assert torch.equal(skipped, also_plain) and "identity" not in untold
     torch.testing.assert_close(with_it, plain + 0.5 * told["identity"])
+    stages[1].covered[:] = True  # hats and glasses stay on
+    covered = stages[1].batch(np.random.default_rng(0))
+    assert not covered["bare"].any() and stages[1].loss(covered, 0, torch.Generator().manual_seed(1))[0] == plain
     stages[1].parts.mixer.zero_grad()
     told["identity"].backward()
     assert stages[1].parts.mixer.w_id.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in stages[1].parts.unet.parameters())
+
+
+def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    stage.batch_size = 64
+    changed = np.random.default_rng(1).standard_normal(stage.features.embeddings.shape).astype(np.float32)
+    stage.photographed = replace(stage.features, embeddings=changed)
+    stage.clip_photographed = stage.clip + 100
+    batch = stage.batch(np.random.default_rng(0))
+    one, all_ = batch["embeddings"][:, 0], changed[:, None].reshape(-1, 512)
+    taken = (one[:, None] == torch.from_numpy(all_)).all(-1).any(1)
+    assert 16 < taken.sum() < 48
+    assert torch.equal(taken, batch["clip"][:, 0].mean((1, 2)) > 50)
+    stage.photographed.found[:] = False  # nothing was found in any of them
+    assert (stage.batch(np.random.default_rng(0))["clip"] < 50).all()
+
+
+def test_the_encoder_is_asked_for_words_of_the_person(people) -> None:
+    words, named = named_words(people.rich, least=0.05)
+    assert named.shape == (len(people), len(words))
+    hair = next(w for w in words if w.endswith(" hair"))
+    for caption, own in zip(people.rich, named[:, words.index(hair)], strict=True):
+        assert own == (hair in caption)
+    assert not any("background" in w or "," in w for w in words)
 
 
 def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:

@@ -21,6 +21,7 @@ from facesnap.synthetic.people import (
     STYLES,
 )
 from facesnap.synthetic.render import render
+from facesnap.training.data import CLOTHES as CLOTHES_LABEL
 
 SIZE = 128
 FRONT = {"pose": (0.0, 0.0, 0.0), "scale": 0.9, "shift": (0.0, 0.0)}
@@ -154,3 +155,15 @@ def test_the_command_writes_shards_and_goes_on_where_it_stopped(tmp_path) -> Non
     before = shard.stat().st_mtime_ns
     subprocess.run(command, check=True, capture_output=True)
     assert shard.stat().st_mtime_ns == before
+
+
+def test_pictures_from_afar_show_the_same_scene_with_a_small_head_on_a_whole_body() -> None:
+    for seed in range(40, 48):
+        person = sample_person(seed)
+        near, far = (sample_picture(person, 0, wide=wide) for wide in (False, True))
+        assert near.attributes == far.attributes and near.style == far.style
+        assert near.parameters["yaw"] == far.parameters["yaw"]
+        rendered = render(far, 96)
+        assert 0.13 * 96 < np.ptp(rendered.landmarks[:, 1]) < 0.42 * 96
+        assert (rendered.landmarks >= 0).all() and (rendered.landmarks < 96).all()
+        assert (rendered.mask[-1] == CLOTHES_LABEL).any()  # the body does not end within the picture

@@ -14,7 +14,7 @@ from facesnap.evaluation import report
 
 COMMANDS = {
     "portraits": "identity, pose and text of portraits of held-out people",
-    "speed": "the same portraits by each preset: what speed costs in likeness",
+    "speed": "the same portraits by each preset and option: what speed costs in likeness",
     "stock": "the base model through diffusers' own SDXL pipeline",
     "predictor": "predicted landmarks from detected ones, against the driver's copied",
     "probes": "what the face encoder's features tell of held-out people, linearly",
@@ -53,6 +53,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--sheet-rows", type=int, default=6)
         if name == "speed":
             command.add_argument("--gallery", type=int, default=200, help="people among whom rank1 is counted")
+            command.add_argument("--ways", nargs="+", help="best, and which of the others; all by default")
     if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
         words = ["portraits", *words]
     return parser.parse_args(words)

@@ -10,7 +10,7 @@ The weights are its authors' (non-commercial); `python -m facesnap.heads convert
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ class DecaHeadModel(FlameHeadModel):
 
     encoder: DecaEncoder = field(kw_only=True)
     name: str = "FLAME by DECA"
+    reads_pictures: ClassVar[bool] = True
 
     @classmethod
     def around(cls, flame: FlameHeadModel, encoder: DecaEncoder) -> "DecaHeadModel":

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
@@ -111,6 +111,7 @@ class HeadModel(ABC):
     expression_names: tuple[str, ...]
     nonnegative_expression: bool
     distance: float
+    reads_pictures: ClassVar[bool] = False  # and not only landmarks: then faces must keep theirs (`Face.image`)
 
     # ------------------------------------------------------------------ a model's own
 

@@ -271,11 +271,13 @@ def sample_picture(
     scale: float | None = None,
     shift: tuple[float, float] | None = None,
     attributes: dict | None = None,
+    wide: bool = False,
 ) -> Picture:
     """The index-th picture of a person: expression, pose, light, background, clothes, glasses, hat, style.
 
     Anything given is used instead of drawn: `pose` as (yaw, pitch, roll) in radians, `scale` (1 = the head fills about
     two thirds of the height), `shift` in half picture heights, and any of `attributes` (see `Picture.attributes`).
+    `wide` draws scale and shift for a picture from afar, the head anywhere in its upper part.
     """
     rng = np.random.default_rng([person.seed, 1, index])
     given = attributes or {}
@@ -329,6 +331,10 @@ def sample_picture(
     angles = np.clip(rng.normal(0, (0.40, 0.16, 0.12)), (-0.95, -0.42, -0.4), (0.95, 0.42, 0.4))
     p["yaw"], p["pitch"], p["roll"] = angles if pose is None else pose
     drawn_scale, drawn_shift = rng.uniform(0.72, 1.10), rng.uniform(-1, 1, 2) * (0.22, 0.14)
+    if wide:
+        far = np.random.default_rng([person.seed, 4, index])
+        drawn_scale = far.uniform(0.36, 0.72)
+        drawn_shift = far.uniform((-0.4, -0.1), (0.4, 0.95 - 0.8 * drawn_scale))
     p["scale"] = drawn_scale if scale is None else scale
     p["shift_x"], p["shift_y"] = drawn_shift if shift is None else shift
     p["torso_yaw"] = p["yaw"] * rng.uniform(0.1, 0.6)

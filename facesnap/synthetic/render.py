@@ -128,6 +128,7 @@ def build(p):
         - 0.38 * rise**1.9 * (0.5 + 0.5 * np.abs(su))
         - 0.10 * rise * (1 - np.abs(su))
         - np.clip(s - 0.45, 0, 1) * 3.2
+        - 6.0 * (s == 1)  # the last ring, far down: a picture from afar must not show where the body ends
     )
     z = half_d * cu - 0.25 + 0.12 * np.clip(s - 0.3, 0, 1) * np.maximum(cu, 0)
     V = np.stack([half_w * np.sign(su) * np.abs(su) ** 0.9, y, z], -1).reshape(-1, 3)

@@ -51,7 +51,7 @@ def png(image: np.ndarray) -> bytes:
 
 def write_shard(job: tuple) -> int:
     """Render people [start, start + count) into one tar; it appears under its name only when it is whole."""
-    path, start, count, per_person, size = job
+    path, start, count, per_person, size, wide = job
     if path.exists():
         return count
     part = path.with_suffix(".part")
@@ -59,7 +59,7 @@ def write_shard(job: tuple) -> int:
         for seed in range(start, start + count):
             person = sample_person(seed)
             for index in range(per_person):
-                picture = sample_picture(person, index)
+                picture = sample_picture(person, index, wide=wide)
                 rendered = render(picture, size)
                 files = {
                     "png": png(rendered.image),

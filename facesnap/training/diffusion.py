@@ -27,7 +27,7 @@ from facesnap.mixer import FacialAttributeMixer
 
 from .data import People
 from .features import Features, head_masks
-from .identity import IdentityConfig, IdentityLoss, batch_part
+from .identity import IdentityConfig, IdentityLoss
 from .losses import (
     add_noise,
     capped_snr_weight,
@@ -106,7 +106,10 @@ class DiffusionStage(Stage):
     """Batches of (latents, noise, text, references, drawing) for both stages.
 
     latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly,
-    unless `use_controls` is called. With `identity_loss`, phi (N, 512) is what `phi_of` gives.
+    unless `use_controls` is called. `photographed`, with its clip features, tells what the face's features become where
+    a picture is changed as cameras change it: half of the references are of that kind. With `identity_loss`, phi
+    (N, 512) is what `phi_of` gives, and targets whose prompt asks for a hat or glasses are left out of it: to a
+    recogniser these make another person, so that the loss would take them off.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class DiffusionStage(Stage):
         latents: np.ndarray,
         clip: np.ndarray,
         *,
+        photographed: Features | None = None,
+        clip_photographed: np.ndarray | None = None,
         joint: bool,
         batch_size: int = 32,
         without_ffrnet: float = 0.15,
@@ -130,6 +135,7 @@ class DiffusionStage(Stage):
         self.parts, self.joint, self.batch_size = parts, joint, batch_size
         self.people, self.features = people, features
         self.latents, self.clip = latents, clip
+        self.photographed, self.clip_photographed = photographed, clip_photographed
         self.controls: np.ndarray | None = None
         self.without_ffrnet = without_ffrnet if joint else 0.0
         self.text_drop, self.background = text_drop, background if joint else 0.0
@@ -149,6 +155,7 @@ class DiffusionStage(Stage):
                 if len(others):
                     self.references[int(row)] = others
         self.rows = np.array(sorted(self.references))
+        self.covered = np.array([a["hat"] != "none" or a["glasses"] != "none" for a in people.attributes])
         for module in parts.base().values():
             module.requires_grad_(joint)
         # few channels at many pixels: twice as fast this way on a CPU
@@ -166,6 +173,11 @@ class DiffusionStage(Stage):
             others = self.references[int(row)]
             take = rng.permutation(others)[:most]
             chosen[i, : len(take)], mask[i, : len(take)] = take, True
+        embeddings, states = self.features.embeddings[chosen], self.clip[chosen]
+        if self.photographed is not None and self.clip_photographed is not None:
+            changed = self.photographed.found[chosen] & (rng.random(chosen.shape) < 0.5)
+            embeddings[changed] = self.photographed.embeddings[chosen[changed]]
+            states[changed] = self.clip_photographed[chosen[changed]]
         # half of the drawings are what the predictor gives at use, half are exact
         fitted = self.features.found[rows] & (rng.random(len(rows)) < 0.5)
         if self.controls is not None:
@@ -179,13 +191,17 @@ class DiffusionStage(Stage):
         if self.phi is not None:  # the mean of the references' directions
             directions = torch.from_numpy((self.phi[chosen] * mask[..., None]).sum(1))
             points = [five_points(to_68(self.points(row, own))) for row, own in zip(rows, fitted, strict=True)]
-            known = {"keypoints": torch.from_numpy(np.stack(points).astype(np.float32)), "phi": directions}
+            known = {
+                "keypoints": torch.from_numpy(np.stack(points).astype(np.float32)),
+                "phi": directions,
+                "bare": torch.from_numpy(~self.covered[rows]),
+            }
         return known | {
             "latents": torch.from_numpy(self.latents[rows]).float(),
             "mask": torch.from_numpy(self.masks[rows]).float(),
             "ids": ids,
-            "embeddings": torch.from_numpy(self.features.embeddings[chosen]),
-            "clip": torch.from_numpy(self.clip[chosen]),
+            "embeddings": torch.from_numpy(embeddings),
+            "clip": torch.from_numpy(states),
             "reference_mask": torch.from_numpy(mask),
             "control": control,
             "ffrnet": torch.from_numpy(~rich),
@@ -274,15 +290,17 @@ class DiffusionStage(Stage):
                 f"x0_{low}": error[(timesteps >= low) & (timesteps < low + 250)].mean() for low in (0, 250, 500, 750)
             }
         if self.identity_loss is not None and self.identity.counts(step):
-            some = self.identity.samples
-            part, given = batch_part(batch, some), [x[:some] for x in told]  # with its text, dropped or not
+            some = batch["bare"].int().argsort(descending=True, stable=True)[: self.identity.samples]
+            part = {key: value[some] for key, value in batch.items()}
+            given = [x[some] for x in told]  # with its text, dropped or not
             far = self.identity_loss(
                 lambda noisy, t: self.predict(noisy, t, part, *given),
                 # drawn last, so that all else is as it is without this loss
                 torch.randn(part["latents"].shape, generator=generator, device=latents.device),
                 part["keypoints"],
                 part["phi"],
-            ).mean()
+            )
+            far = (far * part["bare"]).sum() / part["bare"].sum().clamp(min=1)
             loss, logs["identity"] = loss + self.identity.weight * far, far
         return loss, logs
 

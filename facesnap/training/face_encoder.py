@@ -6,8 +6,12 @@ what the features know, by linear classifiers; `python -m facesnap.evaluation pr
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,11 +28,12 @@ from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around, square_crop
 from facesnap.pipeline import face_pixels
 
+from . import faceviews as views
 from .data import People
 from .text import token_ids
 from .trainer import Batch, Stage
 
-CROP = 120  # stored side of the crops; training cuts the encoder's 112 out of it
+SIDE = 112  # of the encoder's picture
 
 
 def make_face_encoder(width: int = 192, layers: int = 6, projection: int = 128) -> CLIPVisionModelWithProjection:
@@ -36,16 +41,18 @@ def make_face_encoder(width: int = 192, layers: int = 6, projection: int = 128) 
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
-            image_size=112, patch_size=16, projection_dim=projection, hidden_act="gelu",
+            image_size=SIDE, patch_size=16, projection_dim=projection, hidden_act="gelu",
         )
     )  # fmt: skip
 
 
 class FaceEncoderStage(Stage):
-    """Contrastive learning (CLIP, arXiv 2103.00020): a crop should find its own caption among the batch's.
+    """A crop should find its own caption among the batch's (CLIP, arXiv 2103.00020) and name its words.
 
-    `crops` are (N, 224, 224, 3) uint8 as `faces.Face.crop`; batches hold N different people, since two pictures of
-    one person have captions that are both right.
+    Contrast alone learns what tells most captions apart, clothes and backgrounds, and reads an eye's colour late.
+    Naming the words (Joulin et al., arXiv 1511.02251) asks for every one of them, and asks it of the very hidden states
+    that the mixer reads. `crops` (N, 224, 224, 3) uint8 are as `faces.Face.crop`, `labels` (N, 224, 224) their masks.
+    Batches hold N different people, since two pictures of one person have captions that are both right.
     """
 
     def __init__(
@@ -55,57 +62,90 @@ class FaceEncoderStage(Stage):
         tokenizer: CLIPTokenizer,
         people: People,
         crops: np.ndarray,
+        labels: np.ndarray,
         *,
         batch_size: int = 96,
     ) -> None:
         self.encoder, self.text = encoder, text
         self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(math.log(10.0)))})
         self.ids = token_ids(tokenizer, people.rich)
-        self.crops = crops
+        self.words, self.named = named_words(people.rich)
+        width = encoder.config.hidden_size
+        self.naming = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, len(self.words)))
+        self.crops, self.labels = crops, labels
         self.groups = list(people.by_person().values())
         self.batch_size = min(batch_size, len(self.groups))
+        self.backgrounds = views.Backgrounds(np.random.default_rng(0), SIDE, people.images)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"face_encoder": self.encoder, "text_encoder_2": self.text, "scale": self.scale}
+        return {"face_encoder": self.encoder, "text_encoder_2": self.text, "scale": self.scale, "naming": self.naming}
 
     def batch(self, rng: np.random.Generator) -> Batch:
         chosen = rng.choice(len(self.groups), self.batch_size, replace=False)
         rows = np.array([rng.choice(self.groups[i]) for i in chosen])
-        images = np.stack([jitter(self.crops[row], rng) for row in rows])
-        return {"pixels": face_pixels(images, self.encoder.config.image_size), "ids": self.ids[rows]}
+        images = np.stack([view(self.crops[row], self.labels[row], self.backgrounds, rng) for row in rows])
+        named = torch.from_numpy(self.named[rows])
+        return {"pixels": face_pixels(images, SIDE), "ids": self.ids[rows], "named": named}
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        image = F.normalize(self.encoder(batch["pixels"]).image_embeds.float(), dim=-1)
+        seen = self.encoder(batch["pixels"], output_hidden_states=True)
+        image = F.normalize(seen.image_embeds.float(), dim=-1)
         text = F.normalize(self.text(batch["ids"]).text_embeds.float(), dim=-1)
         logits = image @ text.T * self.scale["log"].clamp(max=math.log(100.0)).exp()
         own = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return loss, {"accuracy": (logits.argmax(1) == own).float().mean()}
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        states = seen.hidden_states[-2]
+        naming = self.naming(torch.cat([states[:, 0], states[:, 1:].mean(1)], -1)).float()
+        words = F.binary_cross_entropy_with_logits(naming, batch["named"].float(), reduction="none").sum(1).mean()
+        logs = {"accuracy": (logits.argmax(1) == own).float().mean(), "words": words}
+        return contrast + 0.2 * words, logs
 
 
-def jitter(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A face crop as another detector or camera might have given it: shifted, mirrored, brighter or darker."""
-    size = crop.shape[0]
-    side = int(rng.uniform(0.86, 1.0) * size)
-    y, x = rng.integers(0, size - side + 1, 2)
-    view = crop[y : y + side, x : x + side]
+def named_words(captions: Sequence[str], least: float = 0.004) -> tuple[list[str], np.ndarray]:
+    """The words, and pairs of neighbouring words, that describe the person in at least the share `least` of the rich
+    captions, and which caption has which (N, K) bool.
+
+    Pairs, since "blue" alone may be eyes or hair; only the first part, since a view may lie over another background.
+    """
+    told = []
+    for caption in captions:
+        phrases = [phrase.split() for phrase in re.split(" with | and ", caption.split(",")[0])]
+        pairs = {" ".join(pair) for words in phrases for pair in zip(words, words[1:], strict=False)}
+        told.append(pairs.union(*phrases))
+    counts = Counter(words for own in told for words in own)
+    kept = sorted(words for words, count in counts.items() if least * len(captions) <= count < len(captions))
+    return kept, np.array([[words in own for words in kept] for own in told])
+
+
+def view(crop: np.ndarray, labels: np.ndarray, backgrounds: views.Backgrounds, rng: np.random.Generator) -> np.ndarray:
+    """A face crop as another detector and camera might have given it (112, 112, 3): moved, mirrored, a photograph."""
+    size = len(crop)
+    scale = SIDE / size * np.exp(rng.uniform(-0.08, 0.2))
+    room = max(size * scale - SIDE, 0) / 2
+    target = SIDE / 2 + rng.uniform(-1, 1, 2) * (room + 0.04 * SIDE)
+    matrix = views.around((size / 2, size / 2), rng.normal() * 0.1, scale, target)
+    picture = views.warp(crop, matrix, SIDE, borderMode=cv2.BORDER_REPLICATE)
+    if rng.random() < 0.8:
+        kinds = cv2.warpAffine(labels, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+        picture = views.as_photograph(picture, kinds, backgrounds, rng)
     if rng.random() < 0.5:
-        view = view[:, ::-1]
-    rows = np.linspace(0, side - 1, CROP).round().astype(int)
-    view = view[rows][:, rows].astype(np.float32) * rng.uniform(0.8, 1.2) + rng.normal(0, 6)
-    return np.clip(view, 0, 255).astype(np.uint8)
+        picture = picture[:, ::-1]
+    return np.ascontiguousarray(picture)
 
 
-def crops_of(people: People, rows: np.ndarray | None = None) -> np.ndarray:
-    """(N, 224, 224, 3) crops around the box that the exact landmarks span, extended over the forehead.
+def crops_of(people: People, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Crops (N, 224, 224, 3) around the box that the exact landmarks span, extended over the forehead, and their
+    labels (N, 224, 224).
 
-    Only the encoder itself is trained on these, jittered; everything after it uses the crops of `faces.py`.
+    Only the encoder itself is trained on these, changed by `view`; everything after it uses the crops of `faces.py`.
     """
     rows = np.arange(len(people)) if rows is None else rows
-    out = np.empty((len(rows), 224, 224, 3), np.uint8)
+    crops, labels = np.empty((len(rows), 224, 224, 3), np.uint8), np.empty((len(rows), 224, 224), np.uint8)
     for i, row in enumerate(rows):
-        out[i] = square_crop(people.images[int(row)], box_around(people.landmarks[row]))
-    return out
+        box = box_around(people.landmarks[row])
+        crops[i] = square_crop(people.images[int(row)], box)
+        labels[i] = square_crop(people.masks[int(row)], box, nearest=True)
+    return crops, labels
 
 
 @torch.no_grad()
@@ -113,7 +153,7 @@ def features_of(encoder: nn.Module, crops: np.ndarray, batch_size: int = 64) -> 
     """Penultimate hidden states (N, P, C) of crops (N, h, w, 3) uint8, float32."""
     out = []
     for start in range(0, len(crops), batch_size):
-        pixels = face_pixels(crops[start : start + batch_size], encoder.config.image_size)
+        pixels = face_pixels(np.array(crops[start : start + batch_size]), encoder.config.image_size)
         out.append(encoder(pixels, output_hidden_states=True).hidden_states[-2].float())
     return torch.cat(out)
 

@@ -550,6 +550,8 @@ def train_recogniser(
     seed = 20 + ord(variant)
     torch.manual_seed(seed)
     training, held_out = split(faces)
+    # A meets photographs at use; B and C see nothing but renders and portraits
+    backgrounds = views.Backgrounds(np.random.default_rng(seed), 112, faces.images) if variant == "A" else None
     first = training[np.unique(faces.person[training], return_index=True)[1]]
     known = faces.parameters[first][:, faces.is_identity]
     known = known[:, known.std(0) > 1e-6]
@@ -557,7 +559,7 @@ def train_recogniser(
 
     def draw(rng: np.random.Generator) -> Batch:
         chosen = rng.choice(training, batch_size)
-        crops = np.stack([views.aligned_view(faces, index, rng) for index in chosen])
+        crops = np.stack([views.aligned_view(faces, index, rng, backgrounds=backgrounds) for index in chosen])
         mirrored = rng.random(batch_size) < 0.5
         crops[mirrored] = crops[mirrored, :, ::-1]
         return {"crops": to_input(crops, 127.5), "person": torch.from_numpy(faces.person[chosen])}

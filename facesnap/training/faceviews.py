@@ -16,7 +16,7 @@ import numpy as np
 
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
-from facesnap.training.data import Rows, load_people
+from facesnap.training.data import BACKGROUND, HAIR, SKIN, Rows, load_people
 
 Rng = np.random.Generator
 
@@ -184,6 +184,39 @@ def photograph(image: np.ndarray, rng: Rng, strength: float = 1.0) -> np.ndarray
         code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(20, 95))])[1]
         image = cv2.imdecode(code, cv2.IMREAD_COLOR)
     return image
+
+
+def retexture(image: np.ndarray, labels: np.ndarray, rng: Rng) -> np.ndarray:
+    """Skin and hair with other shadows, strands and highlights than the renderer's.
+
+    `labels` (H, W) as in a mask. On smooth renders a net learns that hair is one flat colour, and takes a photograph's
+    black hair, half of it highlights, for gray or fair.
+    """
+    height, width = image.shape[:2]
+    x = image.astype(np.float32)
+    for label, shadow, strands, shine in ((SKIN, 0.3, 0.08, 0.06), (HAIR, 0.3, 0.4, 0.15)):
+        if rng.random() < 0.3:
+            continue
+        alpha = cv2.GaussianBlur((labels == label).astype(np.float32), (0, 0), max(width / 112, 0.5))
+        coarse, fine = (
+            cv2.resize(rng.standard_normal(cells, dtype=np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+            for cells in (rng.integers(2, 6, 2), rng.integers(5, 48, 2))  # unlike numbers of cells make strands
+        )
+        field = shadow * rng.uniform(0, 1) * coarse + strands * rng.uniform(0, 1) * fine
+        light = 255 * shine * rng.uniform(0, 1) * np.maximum(coarse + strands / shadow * fine - 0.5, 0)
+        x = x * (1 + alpha * (np.exp(field) - 1))[..., None] + (alpha * light)[..., None]
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgrounds", rng: Rng) -> np.ndarray:
+    """A square render as a photograph of that person might look: other textures, background, light and camera, but
+    still the person's own colours as far as a photograph keeps them."""
+    if rng.random() < 0.8:
+        image = retexture(image, labels, rng)
+    if rng.random() < 0.6:
+        alpha = (labels != BACKGROUND).astype(np.uint8) * 255
+        image = over(backgrounds.draw(rng, len(image)), image, alpha)
+    return photograph(image, rng, 0.7)
 
 
 def colour(rng: Rng) -> tuple[int, ...]:
@@ -394,12 +427,22 @@ def landmark_view(faces: FaceSet, index: int, backgrounds: Backgrounds, rng: Rng
     return picture if as_rendered else photograph(picture, rng), points.astype(np.float32)
 
 
-def aligned_view(faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.06) -> np.ndarray:
-    """InsightFace's 112 × 112 crop, from key points as wrong as a detector's (`jitter` of the eye
-    distance)."""
+def aligned_view(
+    faces: FaceSet, index: int, rng: Rng, *, jitter: float = 0.06, backgrounds: Backgrounds | None = None
+) -> np.ndarray:
+    """InsightFace's 112 × 112 crop, from key points as wrong as a detector's (`jitter` of the eye distance).
+
+    With `backgrounds` most are made to look like photographs.
+    """
     points = faces.keypoints[index]
     distance = np.linalg.norm(points[0] - points[1]) + 1e-6
     shared, each = rng.normal(size=(1, 2)) * 0.5, rng.normal(size=(5, 2))
     points = points + max(distance, 0.3 * np.ptp(points[:, 1])) * jitter * (shared + each)
-    crop = warp(faces.images[index], similarity(points, ARCFACE_POINTS), 112)
-    return crop if jitter == 0 else photograph(crop, rng, 0.35)
+    matrix = similarity(points, ARCFACE_POINTS)
+    crop = warp(faces.images[index], matrix, 112)
+    if jitter == 0:
+        return crop
+    if backgrounds is not None and rng.random() < 0.7:
+        labels = cv2.warpAffine(faces.masks[index], matrix, (112, 112), flags=cv2.INTER_NEAREST)
+        return as_photograph(crop, labels, backgrounds, rng)
+    return photograph(crop, rng, 0.35)

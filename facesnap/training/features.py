@@ -29,6 +29,7 @@ from facesnap.synthetic.people import EXPRESSION, sample_person, sample_picture
 from facesnap.synthetic.render import CAMERA
 
 from .data import HAIR, SKIN, People, load_people
+from .faceviews import Backgrounds, as_photograph
 from .vae import to_tensor
 
 
@@ -63,16 +64,21 @@ def _one_core(cores: list[int]) -> None:
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
-def _analyse(job: tuple[Path, Path, Path, np.ndarray]) -> list[tuple[int, Any]]:
-    data, pack, head, rows = job
+def _analyse(job: tuple[Path, Path, Path, np.ndarray, bool]) -> list[tuple[int, Any]]:
+    data, pack, head, rows, photographed = job
     cv2.setNumThreads(1)
     people = load_people(data, held_out=True)
     analyser = FaceAnalyser(pack)
     predictor = LandmarkPredictor(from_pretrained(head))
+    backgrounds = Backgrounds(np.random.default_rng(0), people.size[0], people.images) if photographed else None
     out: list[tuple[int, Any]] = []
     for row in rows:
+        image = people.images[int(row)]
+        if backgrounds is not None:
+            rng = np.random.default_rng((1, int(row)))
+            image = as_photograph(image, people.masks[int(row)], backgrounds, rng)
         try:
-            face = analyser.analyse(people.images[int(row)])
+            face = analyser.analyse(image)
         except InputError:
             out.append((int(row), None))
             continue
@@ -82,13 +88,26 @@ def _analyse(job: tuple[Path, Path, Path, np.ndarray]) -> list[tuple[int, Any]]:
     return out
 
 
-def analyse_people(data: Path, pack: Path, head: Path, count: int, *, workers: int = 1) -> Features:
-    """Run every one of `count` pictures of the shards in `data` through the face pack and the head model."""
+def analyse_people(
+    data: Path,
+    pack: Path,
+    head: Path,
+    count: int,
+    *,
+    rows: np.ndarray | None = None,
+    photographed: bool = False,
+    workers: int = 1,
+) -> Features:
+    """Run every one of `count` pictures of the shards in `data` through the face pack and the head model.
+
+    Of all but `rows`, where given, nothing is found. `photographed` changes each picture as a camera might have.
+    """
     out = Features(
         np.zeros(count, bool), np.zeros((count, 512), np.float32), np.zeros((count, 224, 224, 3), np.uint8),
         np.zeros((count, 72, 2), np.float32), np.zeros((count, 68, 3), np.float32),
     )  # fmt: skip
-    jobs = [(data, pack, head, rows) for rows in np.array_split(np.arange(count), max(1, count // 250))]
+    rows = np.arange(count) if rows is None else rows
+    jobs = [(data, pack, head, part, photographed) for part in np.array_split(rows, max(1, len(rows) // 250))]
 
     def results() -> Iterator[list]:
         if workers == 1:

@@ -21,7 +21,8 @@
 
 Every stage resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a finished
 checkpoint (`--out`), so that training goes on from weights that were shipped: then features, joint, facesnap, assemble.
-Where recogniser A was trained anew in between, `adopt` comes before joint: it teaches the shipped mixer to read it.
+Where recogniser A or the face encoder was trained anew in between, `adopt` comes before joint: it teaches the shipped
+mixer to read them.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from .trainer import Trainer, TrainerConfig
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
+FIRST_WIDE_PERSON, WIDE_SHARE = 20_000, 5  # one in so many people is seen from afar, so that heads may be small
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
@@ -121,6 +123,10 @@ def people(run: Run, minutes: float) -> None:
         size=SIZE,
         workers=run.workers,
     )
+    _module(
+        "facesnap.synthetic", "--wide", out=run.data, people=max(1, run.people // WIDE_SHARE), per_person=3, size=SIZE,
+        seed=FIRST_WIDE_PERSON, workers=run.workers,
+    )  # fmt: skip
 
 
 def faces(run: Run, minutes: float) -> None:
@@ -155,12 +161,19 @@ def vae(run: Run, minutes: float) -> None:
 
 
 def face_encoder(run: Run, minutes: float) -> None:
+    """From nothing, or from the encoder that `unpack` left, whose tokenizer stays too."""
     torch.manual_seed(0)
     known = load_people(run.data)
-    tokenizer = train_tokenizer(known.prompts[:TOKENIZER_WORDS] + known.rich[:TOKENIZER_WORDS])
+    if not (run.work / "tokenizer").is_dir():
+        captions = known.prompts[:TOKENIZER_WORDS] + known.rich[:TOKENIZER_WORDS]
+        train_tokenizer(captions).save_pretrained(run.work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
     _, text = make_text_encoders(tokenizer)
-    encoder = clip.make_face_encoder()
-    stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, clip.crops_of(known))
+    encoder, place = clip.make_face_encoder(), run.work / "face_encoder"
+    if place.is_dir():
+        shipped = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+        encoder.vision_model.load_state_dict(shipped.state_dict())
+    stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, *clip.crops_of(known))
     trainer = Trainer(
         stage,
         TrainerConfig(
@@ -170,12 +183,11 @@ def face_encoder(run: Run, minutes: float) -> None:
     )  # fmt: skip
     trainer.train()
     with trainer.averaged():
-        clip.save_face_encoder(encoder.cpu(), run.work / "face_encoder")
+        clip.save_face_encoder(encoder.cpu(), place)
         text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
-    tokenizer.save_pretrained(run.work / "tokenizer")
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
-    model = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
-    found = clip.probes(clip.features_of(model, clip.crops_of(known, rows)), known, rows)
+    model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+    found = clip.probes(clip.features_of(model, clip.crops_of(known, rows)[0]), known, rows)
     (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
 
@@ -202,15 +214,20 @@ def features(run: Run, minutes: float) -> None:
     if not (place / "latents.npy").exists():
         model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
         _save(place / "latents.npy", feats.latents_of(model, known, device=run.device))
-    if not (place / "faces").exists():
-        found = feats.analyse_people(
-            run.data, run.work / "face_pack", run.work / "head", len(known), workers=run.workers
-        )
-        found.save(place / "faces")
-    if not (place / "clip.npy").exists():
-        crops = feats.Features.load(place / "faces").crops
-        encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
-        _save(place / "clip.npy", clip.features_of(encoder, crops).half().numpy())
+    photos = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
+    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
+    for name, clip_name, options in (
+        ("faces", "clip.npy", {}),
+        ("photographed", "clip_photographed.npy", {"rows": photos, "photographed": True}),
+    ):
+        if not (place / name).exists():
+            found = feats.analyse_people(
+                run.data, run.work / "face_pack", run.work / "head", len(known), workers=run.workers, **options
+            )
+            found.save(place / name)
+        if not (place / clip_name).exists():
+            crops = feats.Features.load(place / name).crops
+            _save(place / clip_name, clip.features_of(encoder, crops).half().numpy())
 
 
 def decoder(run: Run, minutes: float) -> None:
@@ -236,9 +253,10 @@ def unpack(run: Run, minutes: float) -> None:
 
 
 def adopt(run: Run, minutes: float) -> None:
-    """The unpacked mixer reads a new recogniser A: its projection says of the new embeddings what it said of the old.
+    """The unpacked mixer reads a new recogniser A and face encoder: its projections say of the new features what they
+    said of the old.
 
-    A ridge regression on pictures of known faces; what it leaves unexplained is for the stages that follow.
+    A ridge regression each on pictures of known faces; what it leaves unexplained is for the stages that follow.
     """
     from facesnap.faces import Recogniser, five_points
 
@@ -248,8 +266,16 @@ def adopt(run: Run, minutes: float) -> None:
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ADOPTED)).astype(int)]
     before = np.stack([old.embed(known.images[int(row)], five_points(found.points68[row])) for row in rows])
     mixer: Any = FacialAttributeMixer.from_pretrained(run.work / "start" / "mixer")
-    left = refit(mixer.w_id, before, found.embeddings[rows])
-    print(f"{left:.2f} of what the mixer's projection said is left unexplained")
+    encoder = CLIPVisionModel.from_pretrained(run.out / "face_encoder", dtype=torch.float32).eval()
+    some = rows[:: max(1, len(rows) // 600)]  # of some fifty states each
+    states = clip.features_of(encoder, found.crops[some]).flatten(0, 1).numpy()
+    now = np.load(run.work / "features" / "clip.npy", mmap_mode="r")[some].astype(np.float32)
+    for name, old_values, new_values in (
+        ("w_id", before, found.embeddings[rows]),
+        ("w_clip", states, now.reshape(states.shape)),
+    ):
+        left = refit(getattr(mixer, name), old_values, new_values)
+        print(f"{left:.2f} of what the mixer's {name} said is left unexplained")
     mixer.save_pretrained(run.work / "start" / "mixer")
 
 
@@ -348,8 +374,9 @@ def diffusion_stage(
         ).to(run.device)
         options = {"identity": identity, "identity_loss": loss, "phi": np.load(cached)}
     stage = SheetStage(
-        parts, known, found, np.load(place / "latents.npy"), np.load(place / "clip.npy"), joint=joint,
-        control_size=SIZE, vae=vae, **options,
+        parts, known, found, np.load(place / "latents.npy"), np.load(place / "clip.npy"),
+        photographed=feats.Features.load(place / "photographed"),
+        clip_photographed=np.load(place / "clip_photographed.npy"), joint=joint, control_size=SIZE, vae=vae, **options,
     )  # fmt: skip
     if embed:
         kept = place / f"controls-{_fingerprint(parts.ffrnet.controlnet_cond_embedding)}.npy"
@@ -455,8 +482,8 @@ def _save(path: Path, array: np.ndarray) -> None:
     draft.replace(path)
 
 
-def _module(name: str, **options: object) -> None:
-    arguments = [str(x) for key, value in options.items() for x in (f"--{key.replace('_', '-')}", value)]
+def _module(name: str, *flags: str, **options: object) -> None:
+    arguments = [*flags, *(str(x) for key, value in options.items() for x in (f"--{key.replace('_', '-')}", value))]
     subprocess.run([sys.executable, "-m", name, *arguments], check=True)
 
 

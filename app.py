@@ -95,6 +95,7 @@ SCROLL_TO_RESULT = """() => setTimeout(() => {
 }, 60)"""
 
 
+MOST_SESSIONS = 128  # whose copy of the page's configuration, 0.2 MB each, the server keeps; every API call opens one
 MOST_AT_ONCE = 16  # orders that Gradio hands over at a time; of these the studio makes one and lines up the others
 
 
@@ -312,7 +313,8 @@ class Page:
             with gr.Row(elem_id="after"):
                 self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
                 self.again = gr.Button("Use this seed again", visible=False, elem_id="again")
-            self.seeds, self.chosen = gr.State([]), gr.State(0)
+            # Kept by the browser, unlike gr.State: the server may forget a session at any time.
+            self.seeds, self.chosen = gr.JSON([], visible=False), gr.Number(0, visible=False, precision=0)
 
     def _example_card(self) -> None:
         with gr.Column(elem_classes="fs-card", elem_id="card-examples"):
@@ -833,6 +835,7 @@ def launch(demo: gr.Blocks, **options: Any) -> Any:
         css=(ROOT / "page" / "page.css").read_text(encoding="utf-8") + views.pose_tiles(ASSETS / "templates"),
         max_file_size="10mb",
         show_error=False,
+        state_session_capacity=MOST_SESSIONS,
         run_history=False,
         footer_links=["api"],
         ssr_mode=False,

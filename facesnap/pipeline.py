@@ -67,6 +67,7 @@ MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_TURN = 60.0  # degrees added to a pose
+FEWEST_LATENTS = 4.5  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 # Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
 # spacing) go over to each. All call the model once a step but the last, k-diffusion's own second-order sampler.
@@ -451,6 +452,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
 
+        face_height = float(np.ptp(points[:, 1]))
+        if face_height < FEWEST_LATENTS * self.vae_scale_factor:
+            notes.append(
+                f"The face will be only {face_height:.0f} pixels high, too small for this model to draw well: "
+                "raise the head size or choose a pose that is closer."
+            )
         return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes), head)
 
     def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:

@@ -273,7 +273,7 @@ def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else
 
 def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch) -> None:
     stage = make_stage(people, tokenizer, monkeypatch, joint=False)
-    stage.batch_size = 64
+    stage.batch_size, stage.strangers = 64, 0.0
     changed = np.random.default_rng(1).standard_normal(stage.features.embeddings.shape).astype(np.float32)
     stage.photographed = replace(stage.features, embeddings=changed)
     stage.clip_photographed = stage.clip + 100
@@ -284,6 +284,19 @@ def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch)
     assert torch.equal(taken, batch["clip"][:, 0].mean((1, 2)) > 50)
     stage.photographed.found[:] = False  # nothing was found in any of them
     assert (stage.batch(np.random.default_rng(0))["clip"] < 50).all()
+
+
+def test_some_references_come_with_a_strangers_embedding_and_their_own_picture(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    stage.batch_size, stage.strangers = 200, 0.0
+    own = stage.batch(np.random.default_rng(0))
+    stage.strangers = 0.3
+    batch = stage.batch(np.random.default_rng(0))
+    assert torch.equal(batch["clip"], own["clip"])
+    changed = (batch["embeddings"] != own["embeddings"]).any(-1)[own["reference_mask"]].float().mean()
+    assert 0.15 < changed < 0.4  # a few strangers happen to be the person
+    known = {row.tobytes() for row in np.asarray(stage.features.embeddings)}
+    assert all(row.tobytes() in known for row in batch["embeddings"].flatten(0, 1).numpy())
 
 
 def test_the_encoder_is_asked_for_words_of_the_person(people) -> None:

@@ -106,10 +106,13 @@ class DiffusionStage(Stage):
     """Batches of (latents, noise, text, references, drawing) for both stages.
 
     latents (N, C, h, w) float16 and clip features (N, P, C) float16 lie in memory; drawings are made on the fly,
-    unless `use_controls` is called. `photographed`, with its clip features, tells what the face's features become where
-    a picture is changed as cameras change it: half of the references are of that kind. With `identity_loss`, phi
-    (N, 512) is what `phi_of` gives, and targets whose prompt asks for a hat or glasses are left out of it: to a
-    recogniser these make another person, so that the loss would take them off.
+    unless `use_controls` is called.
+
+    photographed, clip_photographed: what the face's features become where a picture is changed as cameras change it;
+    half of the references are of that kind. strangers: the share of references with somebody else's embedding. On
+    photographs a recogniser of rendered people errs more than the face encoder does, and the mixer learns to doubt it
+    where the two disagree. phi (N, 512), with `identity_loss`: what `phi_of` gives. Targets whose prompt asks for a hat
+    or glasses are left out of that loss: to a recogniser these make another person, so that it would take them off.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class DiffusionStage(Stage):
         batch_size: int = 32,
         without_ffrnet: float = 0.15,
         text_drop: float = 0.1,
+        strangers: float = 0.2,
         background: float = 0.5,
         control_size: int = 256,
         identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)
@@ -138,7 +142,7 @@ class DiffusionStage(Stage):
         self.photographed, self.clip_photographed = photographed, clip_photographed
         self.controls: np.ndarray | None = None
         self.without_ffrnet = without_ffrnet if joint else 0.0
-        self.text_drop, self.background = text_drop, background if joint else 0.0
+        self.text_drop, self.strangers, self.background = text_drop, strangers, background if joint else 0.0
         self.control_size = control_size
         self.identity, self.identity_loss, self.phi = identity, identity_loss, phi
         self.masks = head_masks(people, latents.shape[-1])
@@ -155,6 +159,7 @@ class DiffusionStage(Stage):
                 if len(others):
                     self.references[int(row)] = others
         self.rows = np.array(sorted(self.references))
+        self.photos = np.flatnonzero(usable)
         self.covered = np.array([a["hat"] != "none" or a["glasses"] != "none" for a in people.attributes])
         for module in parts.base().values():
             module.requires_grad_(joint)
@@ -178,6 +183,8 @@ class DiffusionStage(Stage):
             changed = self.photographed.found[chosen] & (rng.random(chosen.shape) < 0.5)
             embeddings[changed] = self.photographed.embeddings[chosen[changed]]
             states[changed] = self.clip_photographed[chosen[changed]]
+        wrong = rng.random(chosen.shape) < self.strangers
+        embeddings[wrong] = self.features.embeddings[rng.choice(self.photos, int(wrong.sum()))]
         # half of the drawings are what the predictor gives at use, half are exact
         fitted = self.features.found[rows] & (rng.random(len(rows)) < 0.5)
         if self.controls is not None:

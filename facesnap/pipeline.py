@@ -67,7 +67,7 @@ MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_TURN = 60.0  # degrees added to a pose
-FEWEST_LATENTS = 4.5  # rows of latents that a face must span, brows to chin, to be worth drawing
+FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 # Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
 # spacing) go over to each. All call the model once a step but the last, k-diffusion's own second-order sampler.
@@ -453,7 +453,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
 
         face_height = float(np.ptp(points[:, 1]))
-        if face_height < FEWEST_LATENTS * self.vae_scale_factor:
+        if face_height < min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4):
             notes.append(
                 f"The face will be only {face_height:.0f} pixels high, too small for this model to draw well: "
                 "raise the head size or choose a pose that is closer."

@@ -205,6 +205,12 @@ def test_references_of_different_people_are_pointed_out(pipe):
     assert all("and 3 may show different people" in note for note in notes)
 
 
+def test_a_face_too_small_to_draw_is_pointed_out(pipe):
+    far = pipe.preview(ALICE, head_size=0.5)
+    assert len(far.notes) == 1 and "pixels high" in far.notes[0] and "raise the head size" in far.notes[0]
+    assert pipe.preview(ALICE, head_size=1.0).notes == ()
+
+
 def test_several_faces_are_pointed_out(pipe):
     assert portrait(pipe, reference=photo(1, 99)).notes == ("The reference photo shows 2 faces; the largest was used.",)
 

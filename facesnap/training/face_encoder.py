@@ -133,18 +133,17 @@ def view(crop: np.ndarray, labels: np.ndarray, backgrounds: views.Backgrounds, r
     return np.ascontiguousarray(picture)
 
 
-def crops_of(people: People, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def crops_of(people: People) -> tuple[np.ndarray, np.ndarray]:
     """Crops (N, 224, 224, 3) around the box that the exact landmarks span, extended over the forehead, and their
     labels (N, 224, 224).
 
     Only the encoder itself is trained on these, changed by `view`; everything after it uses the crops of `faces.py`.
     """
-    rows = np.arange(len(people)) if rows is None else rows
-    crops, labels = np.empty((len(rows), 224, 224, 3), np.uint8), np.empty((len(rows), 224, 224), np.uint8)
-    for i, row in enumerate(rows):
+    crops, labels = np.empty((len(people), 224, 224, 3), np.uint8), np.empty((len(people), 224, 224), np.uint8)
+    for row in range(len(people)):
         box = box_around(people.landmarks[row])
-        crops[i] = square_crop(people.images[int(row)], box)
-        labels[i] = square_crop(people.masks[int(row)], box, nearest=True)
+        crops[row] = square_crop(people.images[row], box)
+        labels[row] = square_crop(people.masks[row], box, nearest=True)
     return crops, labels
 
 

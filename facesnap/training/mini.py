@@ -187,7 +187,7 @@ def face_encoder(run: Run, minutes: float) -> None:
         text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
     model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
-    found = clip.probes(clip.features_of(model, clip.crops_of(known, rows)[0]), known, rows)
+    found = clip.probes(clip.features_of(model, stage.crops[rows]), known, rows)
     (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
 

@@ -144,9 +144,6 @@ class Studio:
         self.turnstile = Turnstile(most_waiting)
         self._denoise = on_gpu(denoiser(pipeline))
         self._allowed = allowed
-        # ONNX Runtime keeps the memory of as many analyses as ever ran at once, and on few cores they only wait for
-        # each other.
-        self._reading = threading.Semaphore(2)
 
     def read(self, path: str, role: str) -> Reading:
         """The face of an upload; InputError, opened by `role`, where there is none."""
@@ -154,8 +151,7 @@ class Studio:
             photo = open_image(path)
         except InputError as error:
             raise InputError(f"{role}: {error}") from error
-        with self._reading:
-            face = self.pipeline.analyse(photo, role)
+        face = self.pipeline.analyse(photo, role)
         if not self.pipeline.head_model.reads_pictures:
             face = replace(face, image=None)
         return around(photo, face)

@@ -31,7 +31,7 @@ SIZE, GRID = 64, 4
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
-    write_shard((folder / "people.tar", 0, 4, 3, SIZE, False))
+    write_shard((folder / "people.tar", 0, 4, 3, SIZE, False, False))
     return load_people(folder)
 
 

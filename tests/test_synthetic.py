@@ -22,6 +22,7 @@ from facesnap.synthetic.people import (
 )
 from facesnap.synthetic.render import render
 from facesnap.training.data import CLOTHES as CLOTHES_LABEL
+from facesnap.training.data import HAIR as HAIR_LABEL
 
 SIZE = 128
 FRONT = {"pose": (0.0, 0.0, 0.0), "scale": 0.9, "shift": (0.0, 0.0)}
@@ -167,3 +168,19 @@ def test_pictures_from_afar_show_the_same_scene_with_a_small_head_on_a_whole_bod
         assert 0.13 * 96 < np.ptp(rendered.landmarks[:, 1]) < 0.42 * 96
         assert (rendered.landmarks >= 0).all() and (rendered.landmarks < 96).all()
         assert (rendered.mask[-1] == CLOTHES_LABEL).any()  # the body does not end within the picture
+
+
+def test_varied_people_have_hair_that_the_others_never_have_and_are_otherwise_drawn_alike() -> None:
+    usual, varied = ([sample_person(seed, varied=v) for seed in range(300)] for v in (False, True))
+    for name in ("hairline", "hair_volume"):
+        low, high = (pick(p.parameters[name] for p in usual) for pick in (min, max))
+        assert sum(not low <= p.parameters[name] <= high for p in varied) > 20
+    for a, b in zip(usual, varied, strict=True):
+        assert a.attributes["skin"] == b.attributes["skin"] and a.attributes["hair"] in (b.attributes["hair"], "none")
+    short = [p for p in varied if p.attributes["haircut"] == "short"]
+    assert len(short) > 1.3 * sum(p.attributes["haircut"] == "short" for p in usual)
+    assert all(p.parameters["bun"] == 0 for p in short)
+    tall, flat = (max(short, key=lambda p: sign * p.parameters["hair_volume"]) for sign in (1, -1))
+    bare = {"hat": "none", "glasses": "none"}
+    shown = [render(sample_picture(p, 0, style="photo", attributes=bare, **FRONT), SIZE).mask for p in (tall, flat)]
+    assert (shown[0] == HAIR_LABEL).sum() > 1.2 * (shown[1] == HAIR_LABEL).sum()  # in the picture too

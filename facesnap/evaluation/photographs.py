@@ -130,7 +130,10 @@ def look(marked: Marked, analyser: FaceAnalyser, mean: np.ndarray) -> dict:
 
 
 def portraits_sheet(model: Path, analyser: FaceAnalyser, arguments: argparse.Namespace, rows: list[dict]) -> None:
-    """photograph | found landmarks | control drawing | portrait, for the eye; never to be committed."""
+    """photograph | found landmarks | control drawing | portrait | facing front, for the eye; never to be committed.
+
+    The last shows a person large whose face is small in the photograph.
+    """
     pipe = protocol.load_pipeline(model, arguments.device)
     work = Path(arguments.out).with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -146,10 +149,13 @@ def portraits_sheet(model: Path, analyser: FaceAnalyser, arguments: argparse.Nam
         face = analyser.analyse(photo)
         drawn = landmarks.draw(landmarks.from_68(face.landmarks[:, :2]), photo.shape[:2])
         over = np.where(drawn.any(axis=-1, keepdims=True), drawn, photo)
-        result = pipe(PROMPT, reference=path, seed=arguments.seed, score=False)
-        shown.append([photo, over, result.drawing, np.asarray(result.images[0])])
+        as_there, front = (
+            pipe(PROMPT, reference=path, pose=pose, expression=whose, seed=arguments.seed, score=False)
+            for pose, whose in ((None, "pose"), ("front", "reference"))
+        )
+        shown.append([photo, over, as_there.drawing, *(np.asarray(made.images[0]) for made in (as_there, front))])
         captions.append(f"{marked.name}: {row['found_by']}, error {row['error']:.2f} eye distances")
-    titles = ["photograph", "landmarks found", "control drawing", "portrait"]
+    titles = ["photograph", "landmarks found", "control drawing", "portrait", "facing front"]
     report.contact_sheet(shown, titles, Path(arguments.sheet), captions=captions)
 
 

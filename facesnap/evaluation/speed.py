@@ -32,9 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def pipeline_for(way: str, model: Path, device: str) -> Any:
-    """The checkpoint as a way wants it: in 8-bit floats, compiled (which needs a C++ compiler), or as it is."""
-    pipe: Any = protocol.load_pipeline(model, device)
+def changed(pipe: Any, way: str, device: str) -> Any:
+    """A checkpoint as a way wants it: in 8-bit floats, compiled (which needs a C++ compiler), or as it is."""
     if way == "low":
         set_memory(pipe, "low", device)
     elif way == "compiled":
@@ -61,12 +60,16 @@ def run(arguments: argparse.Namespace) -> dict:
         portraits.look_at_person(person, ledger, witness, work, size)
     for number, request in enumerate(tqdm(requests, desc="true pictures", unit="picture")):
         portraits.look_at_truth(number, request, ledger, witness, work, size)
+    plain: Any = None  # serves all ways that only change the call
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
     for way in ways:
         waiting = [n for n in range(len(requests)) if ledger.get(f"{way} {n}") is None]
         if not waiting:
             continue
-        pipe = pipeline_for(way, model, arguments.device)
+        if WAYS[way]:
+            pipe = plain = plain or protocol.load_pipeline(model, arguments.device)
+        else:
+            pipe = changed(protocol.load_pipeline(model, arguments.device), way, arguments.device)
         portraits.make(pipe, 0, requests[0], work, {**options, **WAYS[way]})  # unmeasured: the first call is slower
         for number in tqdm(waiting, desc=way, unit="portrait"):
             made = portraits.make(pipe, number, requests[number], work, {**options, **WAYS[way]})

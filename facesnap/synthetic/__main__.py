@@ -24,17 +24,18 @@ def main(argv: list[str] | None = None) -> None:
         help=f"seed of the first person; {EVALUATION_PEOPLE.start} to {EVALUATION_PEOPLE.stop - 1} are held out",
     )  # fmt: skip
     parser.add_argument("--wide", action="store_true", help="pictures from afar, with small heads")
+    parser.add_argument("--varied", action="store_true", help="people with hair beyond the usual proportions")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     args = parser.parse_args(argv)
     if args.people < 1 or args.per_person < 1 or args.size < 32 or args.seed < 0:
         parser.error("--people and --per-person must be at least 1, --size at least 32, --seed at least 0")
     args.out.mkdir(parents=True, exist_ok=True)
-    distance = "-wide" if args.wide else ""
+    kind = "-wide" * args.wide + "-varied" * args.varied
     jobs = []
     for start in range(args.seed, args.seed + args.people, PEOPLE_PER_SHARD):
         count = min(PEOPLE_PER_SHARD, args.seed + args.people - start)
-        name = f"people-{start:07d}-{count}x{args.per_person}-{args.size}-v{VERSION}{distance}.tar"
-        jobs.append((args.out / name, start, count, args.per_person, args.size, args.wide))
+        name = f"people-{start:07d}-{count}x{args.per_person}-{args.size}-v{VERSION}{kind}.tar"
+        jobs.append((args.out / name, start, count, args.per_person, args.size, args.wide, args.varied))
     with tqdm(total=args.people, unit="person", smoothing=0.05) as bar:
         if args.workers > 1:
             with multiprocessing.get_context("spawn").Pool(args.workers) as pool:

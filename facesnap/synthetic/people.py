@@ -126,8 +126,12 @@ def _mix(rng, pair, low=0.94, high=1.06):
     return (a + (b - a) * rng.random()) * rng.uniform(low, high)
 
 
-def sample_person(seed: int) -> Person:
-    """The person of a seed; the same seed is always the same person."""
+def sample_person(seed: int, *, varied: bool = False) -> Person:
+    """The person of a seed; the same seed is always the same person.
+
+    `varied` draws hair beyond the proportions that the evaluation's people have, and short hair more often: real
+    heads of hair are fuller, looser, or closer to the skull.
+    """
     rng = np.random.default_rng([seed, 0])
     p = np.zeros((), PARAMETERS)
     woman = bool(rng.random() < 0.5)
@@ -220,7 +224,10 @@ def sample_person(seed: int) -> Person:
     styles = (
         ("long", "bob", "bun", "curly", "short") if woman else ("bald", "buzzed", "short", "fringe", "curly", "long")
     )
-    cut = _choice(rng, styles, (3.4, 2.2, 1.4, 1.6, 1.4) if woman else (1.1, 1.8, 3.4, 1.3, 1.5, 0.9))
+    weights = (3.4, 2.2, 1.4, 1.6, 1.4) if woman else (1.1, 1.8, 3.4, 1.3, 1.5, 0.9)
+    if varied:
+        weights = (2.4, 2.2, 2.4, 1.2, 2.4) if woman else (0.6, 1.4, 5.0, 1.6, 1.0, 0.7)
+    cut = _choice(rng, styles, weights)
     thickness, volume = (0.05, 0.11), (0.04, 0.24)
     if cut in ("long", "bob"):
         length = (1.0, 1.8) if cut == "long" else (0.5, 0.9)
@@ -247,6 +254,8 @@ def sample_person(seed: int) -> Person:
     elif cut == "bald":
         thickness, volume = (0.0, 0.0), (0.0, 0.0)
     p["hair_thickness"], p["hair_volume"] = _between(rng, *thickness), _between(rng, *volume)
+    if varied:
+        cut = _vary_hair(p, cut, np.random.default_rng([seed, 5]))
     attributes = {
         "gender": "woman" if woman else "man",
         "age": "old" if age > 0.65 else "adult",
@@ -259,6 +268,31 @@ def sample_person(seed: int) -> Person:
         "mole": bool(p["mole"] > 0),
     }
     return Person(seed, p, attributes)
+
+
+def _vary_hair(p: np.ndarray, cut: str, rng: np.random.Generator) -> str:
+    """Other proportions of the same haircut, evenly drawn: the rare ones are what these people are for.
+
+    Returns the haircut: a bun may be out of sight behind the head, which leaves short hair.
+    """
+    p["hairline"], p["temple"] = rng.uniform(0.48, 0.82), rng.uniform(0.15, 0.50)
+    p["hair_back"] = rng.uniform(-0.75, -0.30)
+    tousled = float(rng.random() < 0.5)
+    if cut in ("short", "fringe"):
+        p["hair_side"] = rng.uniform(-0.25, 0.25)
+        p["hair_thickness"], p["hair_volume"] = rng.uniform(0.03, 0.16), rng.uniform(0.0, 0.42)
+        p["curl"] = tousled * rng.uniform(0.1, 0.45)
+    elif cut in ("long", "bob"):
+        p["hair_thickness"], p["hair_volume"] = rng.uniform(0.03, 0.16), rng.uniform(0.0, 0.30)
+        p["curtain_opening"], p["curtain_width"] = rng.uniform(0.75, 1.4), rng.uniform(-0.05, 0.30)
+    elif cut == "bun":
+        p["bun"] *= rng.uniform(0.6, 1.2)
+        p["hair_side"] = rng.uniform(-0.30, 0.15)
+        p["hair_thickness"], p["hair_volume"] = rng.uniform(0.03, 0.12), rng.uniform(0.0, 0.20)
+        p["curl"] = tousled * rng.uniform(0.1, 0.3)
+        if rng.random() < 0.4:
+            p["bun"], cut = 0.0, "short"
+    return cut
 
 
 def sample_picture(

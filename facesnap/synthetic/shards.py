@@ -51,13 +51,13 @@ def png(image: np.ndarray) -> bytes:
 
 def write_shard(job: tuple) -> int:
     """Render people [start, start + count) into one tar; it appears under its name only when it is whole."""
-    path, start, count, per_person, size, wide = job
+    path, start, count, per_person, size, wide, varied = job
     if path.exists():
         return count
     part = path.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
         for seed in range(start, start + count):
-            person = sample_person(seed)
+            person = sample_person(seed, varied=varied)
             for index in range(per_person):
                 picture = sample_picture(person, index, wide=wide)
                 rendered = render(picture, size)

@@ -148,11 +148,12 @@ def crops_of(people: People) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def features_of(encoder: nn.Module, crops: np.ndarray, batch_size: int = 64) -> Tensor:
-    """Penultimate hidden states (N, P, C) of crops (N, h, w, 3) uint8, float32."""
+def features_of(encoder: nn.Module, crops: np.ndarray, rows: np.ndarray | None = None, batch_size: int = 64) -> Tensor:
+    """Penultimate hidden states (N, P, C) of crops (N, h, w, 3) uint8, or of some rows of them, float32."""
     out = []
-    for start in range(0, len(crops), batch_size):
-        pixels = face_pixels(np.array(crops[start : start + batch_size]), encoder.config.image_size)
+    rows = np.arange(len(crops)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        pixels = face_pixels(np.array(crops[rows[start : start + batch_size]]), encoder.config.image_size)
         out.append(encoder(pixels, output_hidden_states=True).hidden_states[-2].float())
     return torch.cat(out)
 

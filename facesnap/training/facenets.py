@@ -543,10 +543,14 @@ def train_recogniser(
     minutes: float,
     *,
     batch_size: int = 96,
+    start: Path | None = None,
     **options,
 ) -> RecogniserNet:
     """Train recogniser "A", "B" or "C" on aligned crops; write `out/recogniser_VARIANT.onnx` and, for the
-    identity loss, `out/recogniser_VARIANT.safetensors`, which `load_recogniser` reads."""
+    identity loss, `out/recogniser_VARIANT.safetensors`, which `load_recogniser` reads.
+
+    `start` is such a safetensors file of the same variant, trained on other people perhaps: all but the classifier
+    goes on from there."""
     seed = 20 + ord(variant)
     torch.manual_seed(seed)
     training, held_out = split(faces)
@@ -574,6 +578,9 @@ def train_recogniser(
         return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
 
     net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities))
+    if start is not None:
+        kept = load_recogniser(start, variant).state_dict()
+        net.load_state_dict(kept | {k: v for k, v in net.state_dict().items() if k not in kept})
     train(RecogniserStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
     kept = [k for k in net.state_dict() if not k.startswith(("prototypes", "regress"))]
     weights = {key: net.state_dict()[key].contiguous() for key in kept}  # undoes channels last
@@ -582,10 +589,12 @@ def train_recogniser(
     return net
 
 
-def load_recogniser(path: Path) -> RecogniserNet:
+def load_recogniser(path: Path, variant: str | None = None) -> RecogniserNet:
     """The trained net of `recogniser_VARIANT.safetensors`, frozen, in evaluation mode, differentiable in its
-    input: φ of the identity loss."""
+    input: φ of the identity loss. Raises ValueError where it is not the `variant` asked for."""
     with safe_open(path, "pt") as file:
+        if variant not in (None, file.metadata()["variant"]):
+            raise ValueError(f"{path.name} holds recogniser {file.metadata()['variant']}, not {variant}")
         net = RecogniserNet(**RECOGNISERS[file.metadata()["variant"]])
         net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     return net.eval().requires_grad_(False)
@@ -662,6 +671,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of shards")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", required=True, type=float)
+    parser.add_argument("--start", type=Path, help="recogniser_X.safetensors that recogniser X goes on from")
     # torch 2.13 can corrupt the heap with two threads in the backward pass of small bfloat16 convolutions
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -671,12 +681,14 @@ def main() -> None:
     faces = views.load(args.data)
     print(f"{args.net}: {len(faces)} pictures of {int(faces.person.max()) + 1} people", flush=True)
     options: dict[str, Any] = {"device": args.device}
+    if args.start and args.net not in RECOGNISERS:
+        parser.error("--start is for the recognisers A, B and C")
     if args.net == "detector":
         train_detector(faces, args.out, args.minutes, **options)
     elif args.net == "landmarks":
         train_landmarks(faces, args.out, args.minutes, **options)
     else:
-        train_recogniser(args.net, faces, args.out, args.minutes, **options)
+        train_recogniser(args.net, faces, args.out, args.minutes, start=args.start, **options)
 
 
 if __name__ == "__main__":

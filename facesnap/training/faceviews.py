@@ -16,7 +16,7 @@ import numpy as np
 
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
-from facesnap.training.data import BACKGROUND, HAIR, SKIN, Rows, load_people
+from facesnap.training.data import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
 
 Rng = np.random.Generator
 
@@ -209,13 +209,22 @@ def retexture(image: np.ndarray, labels: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgrounds", rng: Rng) -> np.ndarray:
-    """A square render as a photograph of that person might look: other textures, background, light and camera, but
-    still the person's own colours as far as a photograph keeps them."""
+    """A square render as a photograph of that person might look: other textures, clothes, background, light and
+    camera, but still the person's own colours as far as a photograph keeps them."""
     if rng.random() < 0.8:
         image = retexture(image, labels, rng)
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:  # other clothes, dark beside the neck as hair may be, folded like the first
+        alpha = (labels == CLOTHES).astype(np.uint8) * 255
+        cloth = backgrounds.draw(rng, len(image)).astype(np.float32) * rng.uniform(0.1, 1)
+        folds = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        folds /= max(1.0, cv2.mean(folds, alpha)[0])
+        image = over(image, np.clip(cloth * folds[..., None], 0, 255).astype(np.uint8), alpha)
+    if rng.random() < 0.75:
         alpha = (labels != BACKGROUND).astype(np.uint8) * 255
         image = over(backgrounds.draw(rng, len(image)), image, alpha)
+    if rng.random() < 0.5:  # the colour of the light: lamps are warm, shade is cool
+        warmth = np.exp(rng.normal() * 0.15 * np.array([1.0, 0.1, -1.0]))
+        image = np.clip(image * warmth, 0, 255).astype(np.uint8)
     return photograph(image, rng, 0.7)
 
 

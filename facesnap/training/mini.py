@@ -1,6 +1,6 @@
 """The mini's recipe: a whole FaceSnap from nothing, stage by stage, on rendered people.
 
-    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, half a day on 2 cores
+    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, 14 hours on 2 cores
     python -m facesnap.training.mini --stage joint --work DIR --minutes 60         # one stage; what is done is kept
     python -m facesnap.training.mini --all --work DIR --minutes 50 --device cuda   # a budget shared by the stages
 
@@ -62,7 +62,14 @@ from .trainer import Trainer, TrainerConfig
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
-FIRST_WIDE_PERSON, WIDE_SHARE = 20_000, 5  # one in so many people is seen from afar, so that heads may be small
+# More people than those that an evaluation meets, for photographs: (first seed, share of --people, pictures of each,
+# flags). Some are seen from afar, some have other hair, some both.
+MORE_PEOPLE = (
+    (20_000, 0.18, 3, ("--wide",)),
+    (30_000, 0.60, 2, ("--varied",)),
+    (40_000, 0.12, 2, ("--wide", "--varied")),
+)
+MOST_PEOPLE = 16_000
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
 NETS = ("A", "landmarks", "detector", "C", "B")
@@ -77,10 +84,10 @@ SHARES = {
     "facesnap": 0.13,
 }
 MINUTES = {
-    "faces": 100.0,
+    "faces": 140.0,
     "scorer": 16.0,
     "vae": 120.0,
-    "face_encoder": 20.0,
+    "face_encoder": 60.0,
     "decoder": 30.0,
     "joint": 420.0,
     "facesnap": 90.0,
@@ -115,6 +122,8 @@ class Run:
 
 
 def people(run: Run, minutes: float) -> None:
+    if run.people > MOST_PEOPLE:
+        raise ValueError(f"--people {run.people}: choose at most {MOST_PEOPLE}, the seeds after them are others'")
     _module(
         "facesnap.synthetic",
         out=run.data,
@@ -123,10 +132,11 @@ def people(run: Run, minutes: float) -> None:
         size=SIZE,
         workers=run.workers,
     )
-    _module(
-        "facesnap.synthetic", "--wide", out=run.data, people=max(1, run.people // WIDE_SHARE), per_person=3, size=SIZE,
-        seed=FIRST_WIDE_PERSON, workers=run.workers,
-    )  # fmt: skip
+    for seed, share, per_person, flags in MORE_PEOPLE:
+        _module(
+            "facesnap.synthetic", *flags, out=run.data, people=max(1, round(share * run.people)), per_person=per_person,
+            size=SIZE, seed=seed, workers=run.workers,
+        )  # fmt: skip
 
 
 def faces(run: Run, minutes: float) -> None:
@@ -226,8 +236,12 @@ def features(run: Run, minutes: float) -> None:
             )
             found.save(place / name)
         if not (place / clip_name).exists():
-            crops = feats.Features.load(place / name).crops
-            _save(place / clip_name, clip.features_of(encoder, crops).half().numpy())
+            looked = feats.Features.load(place / name)
+            rows = np.flatnonzero(looked.found)
+            states = clip.features_of(encoder, looked.crops, rows).half().numpy()
+            kept = np.zeros((len(known), *states.shape[1:]), np.float16)
+            kept[rows] = states
+            _save(place / clip_name, kept)
 
 
 def decoder(run: Run, minutes: float) -> None:

@@ -6,6 +6,7 @@ canvas (a face that fills the picture is missed by most), then OpenCV's Haar cas
 an `InputError` that says so.
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,6 +111,11 @@ class FaceAnalyser:
             target = folder / Path(model.model_file).name
             if target.resolve() != Path(model.model_file).resolve():
                 shutil.copyfile(model.model_file, target)
+
+    @property
+    def recogniser_digest(self) -> str:
+        """Twelve digits that tell this pack's recogniser from others: embeddings of two cannot be compared."""
+        return hashlib.sha256(Path(self._models["recognition"].model_file).read_bytes()).hexdigest()[:12]
 
     def analyse(self, image: np.ndarray) -> Face:
         """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.

@@ -50,13 +50,13 @@ def open_image(
     if isinstance(source, (str, Path)):
         try:
             data = Path(source).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             name = Path(source).name
             raise InputError(f"The picture {name!r} cannot be read: give an existing image file.") from error
     elif isinstance(source, bytes):
         data = source
     else:
-        raise InputError(f"A picture cannot be a {type(source).__name__}: give a file, its bytes or an array.")
+        raise InputError(f"A picture cannot be a {type(source).__name__}: give a file's name, its bytes or an array.")
     if not data:
         raise InputError("The picture's file is empty: upload it again.")
     Image.init()
@@ -70,21 +70,21 @@ def open_image(
     except DAMAGE as error:
         raise InputError(DAMAGED) from error
     with opened:
-        return _finish(opened, max_pixels, max_side)
+        return _finish(opened, max_pixels, max_side, opened_here=True)
 
 
 def _too_many(size: str, max_pixels: int) -> str:
     return f"The picture has {size} pixels; at most {max_pixels / 1e6:g} million are allowed: make it smaller."
 
 
-def _finish(picture: Image.Image, max_pixels: int, max_side: int) -> np.ndarray:
+def _finish(picture: Image.Image, max_pixels: int, max_side: int, *, opened_here: bool = False) -> np.ndarray:
     width, height = picture.size
     if width * height > max_pixels:
         raise InputError(_too_many(f"{width} × {height}", max_pixels))
     if width < 1 or height < 1:
         raise InputError(f"The picture is {width} × {height} pixels: there is nothing in it.")
     try:
-        if picture.format == "JPEG" and max(width, height) > 2 * max_side:
+        if opened_here and picture.format == "JPEG" and max(width, height) > 2 * max_side:
             picture.draft("RGB", (max_side, max_side))  # decode at a half or less: never below max_side
         rgb = _rgb(ImageOps.exif_transpose(picture))
     except DAMAGE as error:  # Pillow decodes only now

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import numbers
+import os
 import re
 import secrets
 import shutil
@@ -436,7 +437,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 driver = heads[0]
             elif isinstance(pose, Head):
                 driver = pose
-            elif isinstance(pose, str) and not Path(pose).is_file():
+            elif isinstance(pose, str) and not _names_picture(pose):
                 driver = templates.get(pose).head(self.head_model, size)
             else:
                 driver_face = self.analyse(pose, "The pose photo")
@@ -543,7 +544,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 "The model's weights are in half precision, in which a CPU is many times slower; load it with "
                 "torch_dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
             )
+        if preview is not None and height is None and width is None:
+            height, width = preview.drawing.shape[:2]
         height, width = self._size(height, width)
+        if preview is not None and preview.drawing.shape[:2] != (height, width):
+            made = "{} × {}".format(*preview.drawing.shape[1::-1])
+            raise InputError(f"The preview is for {made} pixels, not for {width} × {height}: make one for that size.")
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         _check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
@@ -582,7 +588,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         # The stock call writes its progress into the pipeline and the scheduler. Both are copied, so that the
         # shared pipeline never changes and a callback can set what it likes; the modules are not.
         request = copy.copy(self)
-        request.scheduler = _scheduler(scheduler, self.scheduler)
+        request.scheduler = _scheduler(scheduler, self.scheduler, kwargs["generator"])
         kwargs.pop("return_dict", None)
 
         def guided() -> bool:
@@ -761,6 +767,11 @@ def _are_landmarks(pose: Any) -> bool:
     return isinstance(pose, np.ndarray) and pose.shape == (landmarks72.NUM, 2)
 
 
+def _names_picture(pose: str) -> bool:
+    """Whether a string means a file, there or not, rather than a template."""
+    return os.path.isfile(pose) or bool(Path(pose).suffix) or "/" in pose or "\\" in pose
+
+
 def _face_notes(face: Face, role: str) -> list[str]:
     notes = []
     if face.count > 1:
@@ -782,17 +793,19 @@ def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
     return prompts
 
 
-def _scheduler(name: str | None, own: Any) -> Any:
+def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
     """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
     if name is None:
-        return copy.deepcopy(own)
-    if name not in SCHEDULERS:
-        raise InputError(f"There is no sampler {name!r}; choose {', '.join(list(SCHEDULERS)[:-1])}.")
-    kind, options = SCHEDULERS[name]
-    try:
-        return kind.from_config(own.config, **options)
-    except ImportError as error:
-        raise InputError(f"The sampler {name!r} needs a library that is not installed here: choose another.") from error
+        made = copy.deepcopy(own)
+    elif name in SCHEDULERS:
+        kind, options = SCHEDULERS[name]
+        made = kind.from_config(own.config, **options)
+    else:
+        raise InputError(f"There is no sampler {name!r}; choose {', '.join(SCHEDULERS)}.")
+    if isinstance(made, DPMSolverSDEScheduler):  # draws its noise from a seed of its own, by default a random one
+        several = isinstance(generator, list)
+        made.noise_sampler_seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
+    return made
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

@@ -57,7 +57,7 @@ def get(name: str) -> PoseTemplate:
         return TEMPLATES[names.index(name)]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}."
-    raise InputError(f"There is no pose template {name!r}; {hint}")
+    raise InputError(f"There is no pose template {name[:60]!r}; {hint}")
 
 
 def thumbnail(template: PoseTemplate, model: HeadModel, side: int = 192) -> np.ndarray:

@@ -122,6 +122,8 @@ def test_huge_picture_is_refused_before_it_is_decoded():
         (encoded(picture(200, 200), "JPEG")[:900], "damaged or cut short"),
         ("no/such/secret_folder/me.png", "'me.png' cannot be read"),
         (12, "cannot be a int"),
+        (io.BytesIO(b"a file"), "cannot be a BytesIO: give a file's name, its bytes or an array"),
+        ("no\0name.png", "cannot be read: give an existing image file"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
         (np.zeros((0, 4, 3), np.uint8), "is no picture"),
         (np.full((4, 4, 3), 255.0), r"\[0, 1\]"),

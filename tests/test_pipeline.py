@@ -176,7 +176,7 @@ def test_a_pose_can_be_turned_and_resized(pipe):
     assert np.ptp(half[:, 1]) == pytest.approx(0.5 * np.ptp(straight[:, 1]), rel=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "DPM++ SDE, stochastic"])
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_samplers_by_name_work_for_this_call_only(pipe, name):
     portrait(pipe)  # transformers hooks its text encoders at their first call
     before = state(pipe)
@@ -184,6 +184,13 @@ def test_samplers_by_name_work_for_this_call_only(pipe, name):
     assert out.scheduler == SCHEDULERS[name][0].__name__
     assert np.array_equal(pixels(out), pixels(portrait(pipe, scheduler=name, num_inference_steps=3)))
     assert state(pipe) == before
+
+
+def test_a_preview_brings_its_size_and_no_other(pipe):
+    preview = pipe.preview(ALICE, "front", (48, 80))
+    assert portrait(pipe, preview=preview).images[0].size == (80, 48)
+    with pytest.raises(InputError, match="The preview is for 80 × 48 pixels, not for 64 × 64"):
+        portrait(pipe, preview=preview, height=64, width=64)
 
 
 def test_references_are_one_set_of_which_every_photo_counts(pipe):
@@ -252,7 +259,10 @@ def test_identity_score_is_none_where_there_is_no_face(pipe):
         ({"reference": faceless()}, "The reference photo: No face"),
         ({"reference": [ALICE, faceless()]}, "Reference photo 2: No face"),
         ({"pose": faceless()}, "The pose photo: No face"),
-        ({"pose": "sideways, somehow"}, "sideways, somehow"),
+        ({"pose": "frontal"}, "no pose template 'frontal'; did you mean 'front'"),
+        ({"pose": "sideways, somehow"}, "'sideways, somehow'; there are front-close,"),
+        ({"pose": "x" * 5000}, f"There is no pose template '{60 * 'x'}'"),
+        ({"pose": "pose.jpg"}, "The picture 'pose.jpg' cannot be read: give an existing image file"),
         ({"pose": np.full((72, 2), np.nan, np.float32)}, "not numbers"),
     ],
 )

@@ -376,3 +376,11 @@ def test_the_identity_part_has_the_weight_it_is_given(start, tmp_path):
     _, logs = few.loss(batch(0, 0, 2), 0, torch.Generator().manual_seed(1))
     assert found[2.0] > found[0.5] and logs["each"].shape == (2,)
     assert dataclasses.asdict(few.identity)["samples"] == 1
+
+
+def test_shards_of_another_recogniser_are_refused(start, prepared, tmp_path):
+    """The mini's embeddings mean nothing to a model whose face pack has another recogniser."""
+    config = read_config(None, words(start, tmp_path / "out", shards=prepared.out, **{"data.resolution": 64}))
+    with pytest.raises(ValueError, match="of another recogniser than .*model's: .*--pack .*model/face_pack"):
+        run(config)
+    assert not (tmp_path / "out" / "run.json").exists()

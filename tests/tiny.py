@@ -143,6 +143,8 @@ def faceless(size: int = 96) -> np.ndarray:
 class TinyAnalyser:
     """Reads `photo`s as the face pack reads photographs: one embedding a person, a little noise a picture."""
 
+    recogniser_digest = "tiny"
+
     def __init__(self, head_model: LinearHeadModel):
         self.head_model = head_model
 

@@ -129,7 +129,7 @@ class DiffusionStage(Stage):
         batch_size: int = 32,
         without_ffrnet: float = 0.15,
         text_drop: float = 0.1,
-        strangers: float = 0.2,
+        strangers: float = 0.3,
         background: float = 0.5,
         control_size: int = 256,
         identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)

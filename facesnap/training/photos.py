@@ -128,6 +128,11 @@ class PhotoShards(IterableDataset):
         self.config, self.rank, self.world_size, self.position = config, rank, world_size, position
         self.sizes = bucket_sizes(config.resolution) if config.buckets else [(config.resolution, config.resolution)]
 
+    @property
+    def recogniser(self) -> str | None:
+        """Whose embeddings the shards hold: `FaceAnalyser.recogniser_digest`."""
+        return _Shard(self.urls[0]).recogniser
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the data: a hash of the shards' names and lists."""
@@ -382,7 +387,9 @@ class _Shard:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self.rows: list[dict[str, Any]] = json.loads(_read(list_url(url)))["samples"]
+            told = json.loads(_read(list_url(url)))
+            self.rows: list[dict[str, Any]] = told["samples"]
+            self.recogniser: str | None = told.get("recogniser")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{list_url(url)} is no list of samples ({error}): run prepare again") from error
 

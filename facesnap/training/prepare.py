@@ -38,6 +38,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from facesnap.faces import FaceAnalyser
 from facesnap.images import InputError
 from facesnap.training.grouping import identities_of, near_duplicates, same_people, unit
 from facesnap.training.samples import REASONS, Options, Preparer, Sample
@@ -198,7 +199,9 @@ def plan_shards(identities: np.ndarray, samples_per_shard: int, seed: int) -> li
     return [shard for shard in shards if shard]
 
 
-def write_shards(out: Path, options: Options, samples: Sequence[dict[str, Any]], identities: np.ndarray) -> int:
+def write_shards(
+    out: Path, options: Options, samples: Sequence[dict[str, Any]], identities: np.ndarray, recogniser: str
+) -> int:
     """All shards that are not there yet; returns their number. Each is a function of the parts and the options."""
     shards = plan_shards(identities, options.samples_per_shard, options.seed)
     seen: Counter[int] = Counter()  # of each identity, over the shards: the number of a picture is in its key
@@ -224,7 +227,7 @@ def write_shards(out: Path, options: Options, samples: Sequence[dict[str, Any]],
                 for about, row in zip(listed, rows, strict=True):
                     tar.write({"__key__": about["key"]} | _shard_members(out, samples[row], about))
             with _replacing(path.with_suffix(".json")) as list_draft:  # before the tar has its name, so never without
-                list_draft.write_text(json.dumps({"samples": listed}), encoding="utf-8")
+                list_draft.write_text(json.dumps({"recogniser": recogniser, "samples": listed}), encoding="utf-8")
     return len(shards)
 
 
@@ -273,7 +276,8 @@ def finish(
         groups = same_people(embeddings[rows], options.same_person, args.device) if labels is None else np.zeros(0)
         samples = [samples[row] for row in rows]
         identities = identities_of(samples, labels, groups)
-        shards = write_shards(out, options, samples, identities)
+        recogniser = FaceAnalyser(options.pack).recogniser_digest  # the trainer asks whose embeddings it gets
+        shards = write_shards(out, options, samples, identities, recogniser)
     pictures = np.bincount(identities)
     counted = Counter(reject["reason"] for reject in rejects)
     report = {

@@ -226,9 +226,11 @@ def run(
     stream, validation, data: batches, the sheets' batch and the data's fingerprint, where they are not to come from
     `config.shards`. Raises ValueError or InputError for what is wrong with the config, the model or φ.
     """
+    recogniser = None
     if stream is None:
         stream, validation = shard_stream(config), shard_validation(config)
-        data = PhotoShards(config.shards, config.data).fingerprint
+        shards = PhotoShards(config.shards, config.data)
+        data, recogniser = shards.fingerprint, shards.recogniser
     settings = config.trainer()
     out = Path(config.out)
     for tracker in config.trackers:
@@ -238,6 +240,12 @@ def run(
     _tell_deepspeed(accelerator, config)
     set_seed(config.seed)
     stage = make_stage(config, stream, accelerator.device, validation=validation, data=data)
+    reads = stage.pipe.face_analyser
+    if recogniser and reads is not None and reads.recogniser_digest != recogniser:
+        raise ValueError(
+            f"{config.shards} holds the embeddings of another recogniser than {config.model}'s: prepare the shards "
+            f"with --pack {config.model}/face_pack --head {config.model}/head"
+        )
     record(config, accelerator, data)
     trainer = Trainer(stage, settings, accelerator)
     if config.trackers:

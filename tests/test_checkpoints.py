@@ -1,5 +1,6 @@
 """Names, folders and Hub ids to pipelines, over Hub caches made by hand; nothing here reaches a network."""
 
+import errno
 import json
 import re
 import shutil
@@ -114,6 +115,17 @@ def test_unknown_names(name, sentence):
         checkpoints.load(name, device="cpu")
 
 
+def test_the_mini_outside_a_checkout_and_a_kind_of_tomorrow(tmp_path, monkeypatch):
+    shutil.copy(MINI / "facesnap.json", tmp_path)
+    told = json.loads((tmp_path / "facesnap.json").read_text())
+    (tmp_path / "facesnap.json").write_text(json.dumps(told | {"kind": "holographic"}))
+    with pytest.raises(InputError, match="is of kind 'holographic', which is not known; update facesnap"):
+        checkpoints.plan(tmp_path)
+    monkeypatch.setattr(checkpoints, "MINI", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="The mini lies in assets/mini of the repository; run from a checkout"):
+        checkpoints.plan("mini")
+
+
 def test_environment_names_model_and_memory(monkeypatch):
     monkeypatch.setenv("FACESNAP_MODEL", "minni")
     with pytest.raises(InputError, match="no model 'minni'"):
@@ -187,6 +199,16 @@ def test_network_errors_are_the_same_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("facesnap.checkpoints.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(InputError, match=r"(?s)could not be fetched \(OSError\).*Lykon"):
+        checkpoints.fetch(checkpoints.plan("instantid"), yes=True)
+
+
+def test_a_disk_that_fills_while_fetching(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", full)
+    with pytest.raises(InputError, match=r"The disk is full; 'instantid' needs 11\.\d+ GB"):
         checkpoints.fetch(checkpoints.plan("instantid"), yes=True)
 
 

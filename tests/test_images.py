@@ -124,6 +124,7 @@ def test_huge_picture_is_refused_before_it_is_decoded():
         (12, "cannot be a int"),
         (io.BytesIO(b"a file"), "cannot be a BytesIO: give a file's name, its bytes or an array"),
         ("no\0name.png", "cannot be read: give an existing image file"),
+        (Image.new("RGB", (0, 5)), "0 × 5 pixels: there is nothing in it"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
         (np.zeros((0, 4, 3), np.uint8), "is no picture"),
         (np.full((4, 4, 3), 255.0), r"\[0, 1\]"),

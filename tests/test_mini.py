@@ -319,3 +319,21 @@ def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:
     assert left < 1e-3
     assert (layer(torch.from_numpy(new)) - wanted).abs().max() < 0.05 * wanted.std()
     assert mini.refit(layer, rng.standard_normal((400, 12)).astype(np.float32), new) > 0.8  # a stranger to it
+
+
+def test_a_budget_is_shared_by_all_that_learns_and_by_nothing_else(tmp_path, monkeypatch) -> None:
+    ran = {}
+    for name in mini.STAGES:
+        monkeypatch.setitem(mini.STAGES, name, lambda run, minutes, name=name: ran.__setitem__(name, minutes))
+    mini.main(["--all", "--work", str(tmp_path), "--minutes", "50"])
+    assert list(ran) == [stage.__name__ for stage in mini.ORDER]
+    assert sum(ran.values()) == pytest.approx(50)
+    assert {name for name, minutes in ran.items() if minutes} == set(mini.MINUTES) - {"identity"}
+    ran.clear()
+    mini.main(["--stage", "identity", "--work", str(tmp_path)])
+    assert ran == {"identity": mini.MINUTES["identity"]}
+
+
+def test_people_whose_seeds_are_others_are_not_rendered(tmp_path) -> None:
+    with pytest.raises(ValueError, match="--people 16001: choose at most 16000"):
+        mini.main(["--stage", "people", "--work", str(tmp_path), "--people", "16001"])

@@ -186,6 +186,13 @@ def test_samplers_by_name_work_for_this_call_only(pipe, name):
     assert state(pipe) == before
 
 
+def test_what_the_user_should_know_of_a_photo(pipe):
+    face = replace(pipe.analyse(ALICE), count=3, found_by="haar")
+    notes = pipe.preview(face, "front").notes
+    assert any("shows 3 faces; the largest was used" in note for note in notes)
+    assert any("the face was hard to find, so the likeness and the pose may suffer" in note for note in notes)
+
+
 def test_a_preview_brings_its_size_and_no_other(pipe):
     preview = pipe.preview(ALICE, "front", (48, 80))
     assert portrait(pipe, preview=preview).images[0].size == (80, 48)

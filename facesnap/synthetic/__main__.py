@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> None:
         count = min(PEOPLE_PER_SHARD, args.seed + args.people - start)
         name = f"people-{start:07d}-{count}x{args.per_person}-{args.size}-v{VERSION}{kind}.tar"
         jobs.append((args.out / name, start, count, args.per_person, args.size, args.wide, args.varied))
-    with tqdm(total=args.people, unit="person", smoothing=0.05) as bar:
+    with tqdm(total=args.people * args.per_person, unit="picture", smoothing=0.05) as bar:
         if args.workers > 1:
             with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
                 for done in pool.imap_unordered(write_shard, jobs):
-                    bar.update(done)
+                    bar.update(done * args.per_person)
         else:
             for job in jobs:
-                bar.update(write_shard(job))
+                bar.update(write_shard(job) * args.per_person)
 
 
 if __name__ == "__main__":

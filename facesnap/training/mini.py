@@ -96,6 +96,7 @@ MINUTES = {
 
 
 HINT = (
+    "This small model has seen rendered people only: a photograph becomes one of them, with its skin, hair and build. "
     "Words it knows: a photo, a pencil sketch, a watercolor, an oil painting, black and white; a shirt, striped shirt "
     "or jacket, a beanie or cap in a colour; round or square glasses; a studio, plain or blurred background, hills; "
     "soft, warm or cool light."

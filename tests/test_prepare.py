@@ -22,6 +22,7 @@ from PIL import Image
 
 from facesnap.heads import LinearHeadModel, rotation_from_euler
 from facesnap.landmarks import eye_distance, to_68
+from facesnap.synthetic.shards import write_shard
 from facesnap.training import prepare
 from facesnap.training.data import GLASSES, HAIR, HAT, SKIN, read_shard
 from facesnap.training.grouping import identities_of, near_duplicates, same_people, unit
@@ -352,6 +353,13 @@ def test_wrong_places_are_named(pack, photos, tmp_path):
         run(photos, tmp_path / "out", tmp_path / "nothing")
     with pytest.raises(SystemExit):
         prepare.main([str(tmp_path), str(tmp_path / "o"), "--workers", "0"])
+
+
+def test_rendered_people_of_the_evaluation_are_refused(pack, tmp_path):
+    (tmp_path / "people").mkdir()
+    write_shard((tmp_path / "people" / "000.tar", 1_000_000, 1, 1, 64, False, False))
+    with pytest.raises(SystemExit, match=r"000.tar holds people held out for evaluation \(1000000\)"):
+        run(tmp_path / "people", tmp_path / "out", pack)
 
 
 # ---- face parsing and captions by tiny models of transformers ----------------------------------------------------

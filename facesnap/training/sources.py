@@ -12,6 +12,8 @@ from pathlib import Path
 
 import braceexpand
 
+from facesnap.synthetic.people import EVALUATION_PEOPLE
+
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
 CAPTION_KEYS = ("caption", "text", "prompt")  # in a .json beside a photo, the first that is there
 
@@ -76,6 +78,9 @@ def _members(shard: Path, name: str) -> list[Photo]:
         for member in tar:
             key, _, kind = member.name.rpartition("/")[2].partition(".")
             key = f"{member.name.rpartition('/')[0]}/{key}".lstrip("./")
+            person = re.fullmatch(r"(\d{7})_\d+", key) if kind == "mask.png" else None  # of a render
+            if person and int(person[1]) in EVALUATION_PEOPLE:
+                raise SystemExit(f"{name} holds people held out for evaluation ({person[1]}): train on others")
             kind = "picture" if kind.lower() in PICTURES else kind.lower()
             if member.isfile() and kind in ("picture", "txt", "json"):
                 samples[key][kind] = (str(shard), member.offset_data, member.size)

@@ -402,8 +402,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
         Args:
             reference: 1 to 4 photos of one person: paths, bytes, PIL images, arrays or analysed `Face`s.
-            pose: how the head is held: None (as in the first reference), a photo of anybody, the name of a
-                template, a `Head`, or landmarks (72, 2) in pixels of the output frame.
+            pose: how the head is held: None (as in the first reference, but large enough to be drawn), a photo of
+                anybody, the name of a template, a `Head`, or landmarks (72, 2) in pixels of the output frame.
             size: (height, width) of the portrait; the checkpoint's by default.
             expression: whose the face shows: the pose's, that of the first reference, or none ("neutral").
             expression_strength: 0–2, weight of that expression; at 0 the face is neutral.
@@ -424,6 +424,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         faces, notes = self._references(reference)
         driver_face: Face | None = None
         head: Head | None = None
+        least = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4)
 
         if _are_landmarks(pose):
             if any(turn.values()) or head_size != 1 or expression != "pose":
@@ -450,11 +451,19 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             if any(turn.values()) or head_size != 1:
                 driver = self.predictor.turned(driver, **turn, head_size=head_size)
             shape = driver if variant == "driver" else heads[0]
-            head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
             points = self.predictor.predict(shape, driver, size, strength=expression_strength)
+            found = float(np.ptp(points[:, 1]))
+            if pose is None and head_size == 1 and found < least:  # a size that nobody asked for, in a photo from afar
+                driver = self.predictor.turned(driver, head_size=least / found)
+                points = self.predictor.predict(shape, driver, size, strength=expression_strength)
+                notes.append(
+                    f"The face in the photo is small: in the portrait it is {least:.0f} pixels high, not {found:.0f}, "
+                    "which this model draws better. To choose yourself, give a pose or a head size."
+                )
+            head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
 
         face_height = float(np.ptp(points[:, 1]))
-        if face_height < min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4):
+        if face_height < 0.99 * least:
             notes.append(
                 f"The face will be only {face_height:.0f} pixels high, too small for this model to draw well: "
                 "raise the head size or choose a pose that is closer."

@@ -219,6 +219,20 @@ def test_references_of_different_people_are_pointed_out(pipe):
     assert all("and 3 may show different people" in note for note in notes)
 
 
+def test_a_face_seen_from_afar_is_drawn_large_enough_unless_somebody_says_how_large(pipe):
+    near = pipe.analyse(ALICE)
+    middle = np.array([*near.landmarks[:, :2].mean(0), 0])
+    face = replace(near, landmarks=(middle + 0.3 * (near.landmarks - middle)).astype(np.float32))
+    asked, own = pipe.preview(face, head_size=1.001), pipe.preview(face)
+    high = np.ptp(asked.landmarks[:, 1])
+    assert high < 16 and "raise the head size" in asked.notes[0]  # a quarter of 64 pixels
+    assert np.ptp(own.landmarks[:, 1]) == pytest.approx(16, rel=0.05)
+    assert f"16 pixels high, not {high:.0f}" in own.notes[0] and len(own.notes) == 1
+    large = asked.landmarks.mean(0) + (asked.landmarks - asked.landmarks.mean(0)) * 16 / high
+    np.testing.assert_allclose(own.landmarks, large, atol=0.5)  # held as in the photo, and where it is there
+    assert pipe.preview(near).notes == ()
+
+
 def test_a_face_too_small_to_draw_is_pointed_out(pipe):
     far = pipe.preview(ALICE, head_size=0.5)
     assert len(far.notes) == 1 and "pixels high" in far.notes[0] and "raise the head size" in far.notes[0]

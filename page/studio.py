@@ -144,6 +144,8 @@ class Studio:
         self.turnstile = Turnstile(most_waiting)
         self._denoise = on_gpu(denoiser(pipeline))
         self._allowed = allowed
+        # ONNX Runtime keeps the memory of as many analyses as ever ran at once, and they are short.
+        self._reading = threading.Lock()
 
     def read(self, path: str, role: str) -> Reading:
         """The face of an upload; InputError, opened by `role`, where there is none."""
@@ -151,7 +153,8 @@ class Studio:
             photo = open_image(path)
         except InputError as error:
             raise InputError(f"{role}: {error}") from error
-        face = self.pipeline.analyse(photo, role)
+        with self._reading:
+            face = self.pipeline.analyse(photo, role)
         if not self.pipeline.head_model.reads_pictures:
             face = replace(face, image=None)
         return around(photo, face)

@@ -424,7 +424,6 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         faces, notes = self._references(reference)
         driver_face: Face | None = None
         head: Head | None = None
-        least = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4)
 
         if _are_landmarks(pose):
             if any(turn.values()) or head_size != 1 or expression != "pose":
@@ -451,21 +450,20 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             if any(turn.values()) or head_size != 1:
                 driver = self.predictor.turned(driver, **turn, head_size=head_size)
             shape = driver if variant == "driver" else heads[0]
-            points = self.predictor.predict(shape, driver, size, strength=expression_strength)
-            found = float(np.ptp(points[:, 1]))
-            if pose is None and head_size == 1 and found < least:  # a size that nobody asked for, in a photo from afar
-                driver = self.predictor.turned(driver, head_size=least / found)
-                points = self.predictor.predict(shape, driver, size, strength=expression_strength)
-                notes.append(
-                    f"The face in the photo is small: in the portrait it is {least:.0f} pixels high, not {found:.0f}, "
-                    "which this model draws better. To choose yourself, give a pose or a head size."
-                )
             head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
+            points = self.predictor.predict(shape, driver, size, strength=expression_strength)
 
-        face_height = float(np.ptp(points[:, 1]))
-        if face_height < 0.99 * least:
+        least, height = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4), float(np.ptp(points[:, 1]))
+        if height < least and head is not None and pose is None and head_size == 1:  # a size that nobody asked for
+            head = self.predictor.turned(head, head_size=least / height)
+            points = self.predictor.predict(head, head, size)
             notes.append(
-                f"The face will be only {face_height:.0f} pixels high, too small for this model to draw well: "
+                f"The face in the photo is small: in the portrait it is {least:.0f} pixels high, not {height:.0f}, "
+                "which this model draws better. To choose yourself, give a pose or a head size."
+            )
+        elif height < least:
+            notes.append(
+                f"The face will be only {height:.0f} pixels high, too small for this model to draw well: "
                 "raise the head size or choose a pose that is closer."
             )
         return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes), head)

@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def changed(pipe: Any, way: str, device: str) -> Any:
-    """A checkpoint as a way wants it: in 8-bit floats, compiled (which needs a C++ compiler), or as it is."""
+    """A checkpoint as a way wants it: in 8-bit floats, or compiled (which needs a C++ compiler)."""
     if way == "low":
         set_memory(pipe, "low", device)
     elif way == "compiled":

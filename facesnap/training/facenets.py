@@ -579,8 +579,7 @@ def train_recogniser(
 
     net = RecogniserNet(**RECOGNISERS[variant], identities=torch.from_numpy(identities))
     if start is not None:
-        kept = load_recogniser(start, variant).state_dict()
-        net.load_state_dict(kept | {k: v for k, v in net.state_dict().items() if k not in kept})
+        net.load_state_dict(net.state_dict() | load_recogniser(start, variant).state_dict())
     train(RecogniserStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
     kept = [k for k in net.state_dict() if not k.startswith(("prototypes", "regress"))]
     weights = {key: net.state_dict()[key].contiguous() for key in kept}  # undoes channels last

@@ -198,7 +198,7 @@ def face_encoder(run: Run, minutes: float) -> None:
         text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
     model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
-    found = clip.probes(clip.features_of(model, stage.crops[rows]), known, rows)
+    found = clip.probes(clip.features_of(model, stage.crops, rows), known, rows)
     (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
 
@@ -283,7 +283,7 @@ def adopt(run: Run, minutes: float) -> None:
     mixer: Any = FacialAttributeMixer.from_pretrained(run.work / "start" / "mixer")
     encoder = CLIPVisionModel.from_pretrained(run.out / "face_encoder", dtype=torch.float32).eval()
     some = rows[:: max(1, len(rows) // 600)]  # of some fifty states each
-    states = clip.features_of(encoder, found.crops[some]).flatten(0, 1).numpy()
+    states = clip.features_of(encoder, found.crops, some).flatten(0, 1).numpy()
     now = np.load(run.work / "features" / "clip.npy", mmap_mode="r")[some].astype(np.float32)
     for name, old_values, new_values in (
         ("w_id", before, found.embeddings[rows]),

@@ -138,6 +138,21 @@ def test_a_photographed_render_changes_all_but_keeps_who_is_dark_and_who_is_fair
     assert (means[20][:, None] < means[200]).mean() > 0.97
 
 
+def test_a_ruffled_render_moves_the_hairs_outline_and_leaves_the_face():
+    rng = np.random.default_rng(4)
+    labels = np.zeros((112, 112), np.uint8)
+    labels[10:60, 20:92], labels[60:100, 40:72] = HAIR, SKIN
+    picture = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    moved = 0
+    for _ in range(20):
+        image, kinds = faceviews.ruffle(picture, labels, rng)
+        assert np.abs(image[64:96, 44:68].astype(int) - picture[64:96, 44:68]).max() <= 3
+        assert (kinds[60:100, 40:72] == SKIN).mean() > 0.99
+        moved = max(moved, (kinds[:50] != labels[:50]).sum())
+        assert ((kinds == HAIR) & (labels == HAIR)).sum() > 0.75 * (labels == HAIR).sum()
+    assert moved > 100
+
+
 # -------------------------------------------------------------------------------------------------- losses
 
 

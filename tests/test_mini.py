@@ -15,7 +15,7 @@ from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import eye_distance
 from facesnap.synthetic import captions, sample_person, sample_picture
 from facesnap.synthetic.shards import write_shard
-from facesnap.training import diffusion, mini
+from facesnap.training import diffusion, features, mini
 from facesnap.training.data import load_people
 from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
 from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, named_words, save_face_encoder
@@ -283,6 +283,36 @@ def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else
     told["identity"].backward()
     assert stages[1].parts.mixer.w_id.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in stages[1].parts.unet.parameters())
+
+
+def test_faces_found_before_a_kill_are_kept(monkeypatch, tmp_path) -> None:
+    """Each part is told once, whenever the run was cut off; what is there whole is read, not made again."""
+    data, out = tmp_path / "people", tmp_path / "faces"
+    data.mkdir()
+    write_shard((data / "people.tar", 0, 3, 2, SIZE, False, False))
+    asked: list[int] = []
+
+    def analyse(job):
+        (row,) = job[3]
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(int(row))
+        crop, points = np.full((224, 224, 3), row, np.uint8), np.full((72, 2), row, np.float32)
+        return [(int(row), (np.full(512, row), crop, points, np.zeros((68, 3))) if row else None)]
+
+    monkeypatch.setattr(features, "PART", 1)
+    monkeypatch.setattr(features, "_analyse", analyse)
+    paths = (data, tmp_path / "pack", tmp_path / "head", out)
+    with pytest.raises(KeyboardInterrupt):
+        features.analyse_people(*paths)
+    assert asked == [0, 1] and not out.exists()
+    asked.insert(0, -1)
+    found = features.analyse_people(*paths)
+    assert asked == [-1, 0, 1, 2, 3, 4, 5]
+    assert found.found.tolist() == [False, True, True, True, True, True]
+    assert (found.embeddings[:, 0] == np.arange(6)).all() and (found.crops[:, 0, 0, 0] == np.arange(6)).all()
+    again = features.analyse_people(*paths)
+    assert len(asked) == 7 and (again.fitted == found.fitted).all()
 
 
 def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch) -> None:

@@ -128,6 +128,10 @@ def view(crop: np.ndarray, labels: np.ndarray, backgrounds: views.Backgrounds, r
     if rng.random() < 0.8:
         kinds = cv2.warpAffine(labels, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         picture = views.as_photograph(picture, kinds, backgrounds, rng)
+    if rng.random() < 0.3:  # a picture that ends near the face, as `faces.square_crop` extends it
+        top, bottom, left, right = (rng.uniform(0, 0.16, 4) * SIDE).astype(int)
+        kept = picture[top : SIDE - bottom, left : SIDE - right]
+        picture = cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_REPLICATE)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
     return np.ascontiguousarray(picture)

@@ -194,7 +194,7 @@ def retexture(image: np.ndarray, labels: np.ndarray, rng: Rng) -> np.ndarray:
     """
     height, width = image.shape[:2]
     x = image.astype(np.float32)
-    for label, shadow, strands, shine in ((SKIN, 0.3, 0.08, 0.06), (HAIR, 0.3, 0.4, 0.15)):
+    for label, shadow, strands, shine in ((SKIN, 0.3, 0.08, 0.06), (HAIR, 0.3, 0.4, 0.18)):
         if rng.random() < 0.3:
             continue
         alpha = cv2.GaussianBlur((labels == label).astype(np.float32), (0, 0), max(width / 112, 0.5))
@@ -208,9 +208,30 @@ def retexture(image: np.ndarray, labels: np.ndarray, rng: Rng) -> np.ndarray:
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
+def ruffle(image: np.ndarray, labels: np.ndarray, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
+    """The square picture and its labels (H, W) with all but the face pulled about by up to a twentieth of the side: a
+    render's hair ends in one smooth line, a person's in tufts."""
+    side = len(image)
+    near = cv2.dilate((labels == SKIN).astype(np.float32), np.ones((3, 3)), iterations=max(1, side // 28))
+    free = 1 - cv2.GaussianBlur(near, (0, 0), side / 56)
+    move = sum(
+        cv2.resize(rng.standard_normal((*cells, 2), dtype=np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+        for cells in (rng.integers(3, 8, 2), rng.integers(8, 32, 2))
+    )
+    x, y = np.split(move * (free * side * rng.uniform(0, 0.025))[..., None], 2, axis=2)
+    x, y = x[..., 0] + np.arange(side, dtype=np.float32), y[..., 0] + np.arange(side, dtype=np.float32)[:, None]
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    return (
+        cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE),
+        cv2.remap(labels, x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE),
+    )
+
+
 def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgrounds", rng: Rng) -> np.ndarray:
     """A square render as a photograph of that person might look: other textures, clothes, background, light and
     camera, but still the person's own colours as far as a photograph keeps them."""
+    if rng.random() < 0.6:
+        image, labels = ruffle(image, labels, rng)
     if rng.random() < 0.8:
         image = retexture(image, labels, rng)
     if rng.random() < 0.4:  # other clothes, dark beside the neck as hair may be, folded like the first
@@ -220,12 +241,25 @@ def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgroun
         folds /= max(1.0, cv2.mean(folds, alpha)[0])
         image = over(image, np.clip(cloth * folds[..., None], 0, 255).astype(np.uint8), alpha)
     if rng.random() < 0.75:
-        alpha = (labels != BACKGROUND).astype(np.uint8) * 255
-        image = over(backgrounds.draw(rng, len(image)), image, alpha)
-    if rng.random() < 0.5:  # the colour of the light: lamps are warm, shade is cool
-        warmth = np.exp(rng.normal() * 0.15 * np.array([1.0, 0.1, -1.0]))
+        alpha = cv2.GaussianBlur((labels != BACKGROUND).astype(np.uint8) * 255, (0, 0), len(image) / 224)
+        image = over(room(backgrounds.draw(rng, len(image)), rng), image, alpha)
+    if rng.random() < 0.6:  # the colour of the light: lamps are warm, shade is cool
+        warmth = np.exp(rng.normal() * 0.2 * np.array([1.0, 0.1, -1.0]))
         image = np.clip(image * warmth, 0, 255).astype(np.uint8)
     return photograph(image, rng, 0.7)
+
+
+def room(image: np.ndarray, rng: Rng) -> np.ndarray:
+    """A background, or most often what it leaves of itself behind a person: paler, out of focus, in the colours of
+    wood, walls, skin and hair, from which a head is hard to tell."""
+    if rng.random() < 0.35:
+        return image
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
+    tone = np.array(colour(rng), np.float32) if rng.random() < 0.7 else rng.uniform(40, 235) * np.ones(3, np.float32)
+    tinted = tone * (1 + rng.uniform(0.2, 1) * (gray / max(1.0, gray.mean()) - 1))
+    x = tinted + rng.uniform(0, 0.7) * (image - gray)
+    x = cv2.GaussianBlur(x, (0, 0), len(image) * np.exp(rng.uniform(np.log(0.003), np.log(0.06))))
+    return np.clip(x, 0, 255).astype(np.uint8)
 
 
 def colour(rng: Rng) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from exact landmarks, so training meets the same errors as use. Pictures without
 import copy
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,25 +31,18 @@ from .data import HAIR, SKIN, People, load_people
 from .faceviews import Backgrounds, as_photograph
 from .vae import to_tensor
 
+PART = 250  # pictures that a process looks at before it tells what it found
+
 
 @dataclass(frozen=True)
 class Features:
-    """Aligned with the rows of `People`."""
+    """Aligned with the rows of `People`; a file each in a folder that is there whole or not at all."""
 
     found: np.ndarray  # (N,) bool: the analyser found a face
     embeddings: np.ndarray  # (N, 512) float32, recogniser A, raw
     crops: np.ndarray  # (N, 224, 224, 3) uint8
     fitted: np.ndarray  # (N, 72, 2) float32 pixels: the head model fitted to the landmarks that were found
     points68: np.ndarray  # (N, 68, 3) float32 pixels, as found
-
-    def save(self, folder: Path) -> None:
-        """A file each, in a folder that is there whole or not at all."""
-        draft = folder.with_suffix(".part")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        for name, values in self.__dict__.items():
-            np.save(draft / f"{name}.npy", values)
-        draft.rename(folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Features":
@@ -92,22 +84,36 @@ def analyse_people(
     data: Path,
     pack: Path,
     head: Path,
-    count: int,
+    folder: Path,
     *,
     rows: np.ndarray | None = None,
     photographed: bool = False,
     workers: int = 1,
 ) -> Features:
-    """Run every one of `count` pictures of the shards in `data` through the face pack and the head model.
+    """Run the pictures of the shards in `data` through the face pack and the head model, and keep what was found in
+    `folder`; where that is there already, only read it.
 
-    Of all but `rows`, where given, nothing is found. `photographed` changes each picture as a camera might have.
+    Of all but `rows`, where given, nothing is found. `photographed` changes each picture as a camera might have. What
+    was killed goes on from the parts that were done.
     """
-    out = Features(
-        np.zeros(count, bool), np.zeros((count, 512), np.float32), np.zeros((count, 224, 224, 3), np.uint8),
-        np.zeros((count, 72, 2), np.float32), np.zeros((count, 68, 3), np.float32),
-    )  # fmt: skip
+    if folder.exists():
+        return Features.load(folder)
+    count = len(load_people(data, held_out=True))
     rows = np.arange(count) if rows is None else rows
-    jobs = [(data, pack, head, part, photographed) for part in np.array_split(rows, max(1, len(rows) // 250))]
+    shapes = {"found": (), "embeddings": (512,), "crops": (224, 224, 3), "fitted": (72, 2), "points68": (68, 3)}
+    kinds: dict[str, Any] = {"found": bool, "crops": np.uint8}
+    draft = folder.with_suffix(".part")
+    draft.mkdir(parents=True, exist_ok=True)
+    files = {name: (draft / f"{name}.npy", kinds.get(name, np.float32), (count, *end)) for name, end in shapes.items()}
+    done = draft / "done.txt"  # the rows that were looked at
+    if not done.exists():
+        for path, kind, shape in files.values():
+            np.lib.format.open_memmap(path, "w+", kind, shape)
+        done.touch()
+    out = {name: np.lib.format.open_memmap(path, "r+") for name, (path, _, _) in files.items()}
+    left = np.setdiff1d(rows, np.array(done.read_text().split(), int))
+    parts = np.split(left, range(PART, len(left), PART))
+    jobs = [(data, pack, head, part, photographed) for part in parts if len(part)]
 
     def results() -> Iterator[list]:
         if workers == 1:
@@ -120,9 +126,13 @@ def analyse_people(
     for part in tqdm(results(), total=len(jobs), unit="part"):
         for row, told in part:
             if told is not None:
-                out.found[row] = True
-                out.embeddings[row], out.crops[row], out.fitted[row], out.points68[row] = told
-    return out
+                for name, values in zip(out, (True, *told), strict=True):
+                    out[name][row] = values
+        with done.open("a") as file:
+            file.write("".join(f"{row}\n" for row, _ in part))
+    done.unlink()
+    draft.rename(folder)
+    return Features.load(folder)
 
 
 @torch.no_grad()

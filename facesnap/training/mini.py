@@ -172,7 +172,7 @@ def vae(run: Run, minutes: float) -> None:
 
 
 def face_encoder(run: Run, minutes: float) -> None:
-    """From nothing, or from the encoder that `unpack` left, whose tokenizer stays too."""
+    """From nothing, or from the encoder that `unpack` or an earlier run left, whose tokenizer stays too."""
     torch.manual_seed(0)
     known = load_people(run.data)
     if not (run.work / "tokenizer").is_dir():
@@ -184,6 +184,8 @@ def face_encoder(run: Run, minutes: float) -> None:
     if place.is_dir():
         shipped = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
         encoder.vision_model.load_state_dict(shipped.state_dict())
+    if (run.work / "text_encoder_2_clip").is_dir():
+        text = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip", dtype=torch.float32)
     stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, *clip.crops_of(known))
     trainer = Trainer(
         stage,
@@ -213,8 +215,10 @@ def head(run: Run, minutes: float) -> None:
         workers=run.workers,
     )  # fmt: skip
     known = load_people(data)
-    found = feats.analyse_people(data, run.work / "face_pack", place, len(known), workers=run.workers)
+    faces = run.work / "shape_faces"
+    found = feats.analyse_people(data, run.work / "face_pack", place, faces, workers=run.workers)
     dataclasses.replace(model, regressor=feats.shape_regressor(model, found, known)).save_pretrained(place)
+    shutil.rmtree(faces)  # another recogniser would find other embeddings
 
 
 def features(run: Run, minutes: float) -> None:
@@ -231,13 +235,10 @@ def features(run: Run, minutes: float) -> None:
         ("faces", "clip.npy", {}),
         ("photographed", "clip_photographed.npy", {"rows": photos, "photographed": True}),
     ):
-        if not (place / name).exists():
-            found = feats.analyse_people(
-                run.data, run.work / "face_pack", run.work / "head", len(known), workers=run.workers, **options
-            )
-            found.save(place / name)
+        looked = feats.analyse_people(
+            run.data, run.work / "face_pack", run.work / "head", place / name, workers=run.workers, **options
+        )
         if not (place / clip_name).exists():
-            looked = feats.Features.load(place / name)
             rows = np.flatnonzero(looked.found)
             states = clip.features_of(encoder, looked.crops, rows).half().numpy()
             kept = np.zeros((len(known), *states.shape[1:]), np.float16)

@@ -378,6 +378,27 @@ def test_a_budget_is_shared_by_all_that_learns_and_by_nothing_else(tmp_path, mon
     assert ran == {"identity": mini.MINUTES["identity"]}
 
 
+def test_steps_are_for_the_stages_that_several_processes_share(tmp_path, capsys) -> None:
+    for chosen in (["--stage", "vae"], ["--all"]):
+        with pytest.raises(SystemExit):
+            mini.main([*chosen, "--work", str(tmp_path), "--steps", "5"])
+        assert "--steps is for --stage joint, facesnap or identity" in capsys.readouterr().err
+
+
+def test_processes_share_out_the_noise_levels(people, tokenizer, monkeypatch) -> None:
+    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    batch = stage.batch(np.random.default_rng(0))
+    told = []
+    predict = stage.predict
+    monkeypatch.setattr(stage, "predict", lambda noisy, t, *rest: told.append((noisy, t)) or predict(noisy, t, *rest))
+    for stage.rank, stage.world in ((0, 2), (1, 2)):
+        stage.loss(batch, 0, torch.Generator().manual_seed(1))
+    (one, early), (two, late) = told
+    levels = torch.cat([early, late]) * 8 // 1000
+    assert sorted(levels.tolist()) == list(range(8))  # one in each eighth of all, whoever has it
+    assert not torch.equal(one, two)
+
+
 def test_people_whose_seeds_are_others_are_not_rendered(tmp_path) -> None:
     with pytest.raises(ValueError, match="--people 16001: choose at most 16000"):
         mini.main(["--stage", "people", "--work", str(tmp_path), "--people", "16001"])

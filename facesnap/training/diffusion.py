@@ -277,8 +277,10 @@ class DiffusionStage(Stage):
         # the pipeline gives zeros for an empty negative prompt (force_zeros_for_empty_prompt)
         nothing = torch.zeros_like(text[0]), torch.zeros_like(pooled[0])
         text, pooled = drop_text(text, pooled, *nothing, self.text_drop, generator)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        timesteps = stratified_timesteps(count, len(self.alphas), generator).to(latents.device)
+        # every process draws for all of them, and takes its part
+        everyone, own = count * self.world, slice(self.rank, None, self.world)
+        noise = torch.randn((everyone, *latents.shape[1:]), generator=generator, device=latents.device)[own]
+        timesteps = stratified_timesteps(everyone, len(self.alphas), generator).to(latents.device)[own]
         alphas = self.alphas.to(latents.device)[timesteps]
         prediction = self.predict(
             add_noise(latents, noise, alphas), timesteps, batch, text, pooled, tokens, pooled_face

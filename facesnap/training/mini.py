@@ -23,6 +23,9 @@ Every stage that learns resumes from its last checkpoint in `--work`. `--stage u
 finished checkpoint (`--out`), so that training goes on from weights that were shipped: people, unpack, features, joint,
 facesnap, assemble. Where recogniser A or the face encoder was trained anew in between, `adopt` comes before joint: it
 teaches the shipped mixer to read them.
+
+Several GPUs, or the cores of a CPU, share joint, facesnap or identity as processes; they count steps, not minutes:
+    torchrun --nproc-per-node 2 -m facesnap.training.mini --stage joint --work DIR --threads 1 --steps 1200
 """
 
 import argparse
@@ -43,6 +46,7 @@ import cv2
 import numpy as np
 import onnx
 import torch
+from accelerate import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx import helper, numpy_helper
 from torch import nn
@@ -58,7 +62,7 @@ from .data import load_people
 from .diffusion import CONTROL_WIDTHS, PREDICTION, Parts, SheetStage, make_mixer, make_scheduler, make_unet, phi_of
 from .identity import IdentityConfig, IdentityLoss, load_recogniser
 from .text import make_text_encoders, train_tokenizer
-from .trainer import Trainer, TrainerConfig
+from .trainer import Trainer, TrainerConfig, make_accelerator
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
@@ -115,6 +119,7 @@ class Run:
     people: int
     per_person: int
     workers: int
+    steps: int | None
 
     def minutes(self, stage: str, budget: float | None, one: bool) -> float:
         if budget is None:
@@ -355,16 +360,20 @@ def _diffusion(
 ) -> None:
     """`embed`: the control pictures' embedding has learned before; it stays frozen and its output is kept."""
     stage = diffusion_stage(run, parts, joint=name == "joint", identity=identity, embed=embed)
-    trainer = Trainer(
-        stage,
-        TrainerConfig(
-            run.work / f"{name}_run", minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
-            ema=0.99, warmup=60, hold=0.5, device=run.device, log_every=20,
-        ),
+    ends: dict[str, Any] = {"minutes": minutes}
+    if run.steps is not None:
+        ends = {"steps": run.steps, "checkpoint_every": 200, "sheet_every": 200}
+    config = TrainerConfig(
+        run.work / f"{name}_run", optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
+        ema=0.99, warmup=60, hold=0.5, device=run.device, log_every=20, **ends,
     )  # fmt: skip
+    # of the text encoders' last layers nothing is read
+    unread = DistributedDataParallelKwargs(find_unused_parameters=True)
+    trainer = Trainer(stage, config, make_accelerator(config, kwargs_handlers=[unread]))
     trainer.train()
     with trainer.averaged():
-        save_parts(parts, run.work / name)
+        if trainer.accelerator.is_main_process:
+            save_parts(parts, run.work / name)
 
 
 def _fingerprint(module: nn.Module) -> str:
@@ -530,17 +539,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/mini"), help="the finished checkpoint")
     parser.add_argument("--data", type=Path, help="shards (default: WORK/people)")
     parser.add_argument("--minutes", type=float, help="budget of the stage, or with --all of everything that learns")
+    parser.add_argument("--steps", type=int, help="of joint, facesnap or identity, instead of minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")
     parser.add_argument("--people", type=int, default=4000)
     parser.add_argument("--per-person", type=int, default=5)
     args = parser.parse_args(argv)
+    if args.steps is not None and args.stage not in ("joint", "facesnap", "identity"):
+        parser.error("--steps is for --stage joint, facesnap or identity")
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     run = Run(
         args.work, args.out, args.data or args.work / "people", args.device, args.threads, args.people, args.per_person,
-        args.workers,
+        args.workers, args.steps,
     )  # fmt: skip
     for name in [stage.__name__ for stage in ORDER] if args.all else [args.stage]:
         started = time.monotonic()

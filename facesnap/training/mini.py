@@ -17,7 +17,7 @@
 | joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
 | identity     | the same with the identity loss (not part of --all)             | facesnap, recogniser B |
-| assemble     | nothing: writes the checkpoint folder, joint and last averaged  | facesnap               |
+| assemble     | nothing: writes the checkpoint folder                           | facesnap               |
 
 Every stage that learns resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a
 finished checkpoint (`--out`), so that training goes on from weights that were shipped: people, unpack, features, joint,
@@ -119,7 +119,7 @@ class Run:
     people: int
     per_person: int
     workers: int
-    steps: int | None
+    steps: int | None = None
 
     def minutes(self, stage: str, budget: float | None, one: bool) -> float:
         if budget is None:
@@ -427,18 +427,6 @@ def load_parts(folder: Path) -> Parts:
     )
 
 
-@torch.no_grad()
-def average(parts: Parts, before: Parts) -> None:
-    """Take the mixer and FFRNet of `parts` half way back to those of `before`, from which they went on.
-
-    The mean of a net before and after its last training keeps most of what it learned and more of what it could do
-    elsewhere (Wortsman et al., 2022, WiSE-FT): here, read photographs.
-    """
-    for name, module in parts.ours().items():
-        own, old = module.state_dict(), before.ours()[name].state_dict()
-        module.load_state_dict({key: torch.lerp(old[key], value, 0.5) for key, value in own.items()})
-
-
 def assemble(run: Run, minutes: float) -> None:
     """The checkpoint folder: fp16 weights, fp32 text encoders, no file over 10 MB."""
     from facesnap.faces import FaceAnalyser, Recogniser
@@ -446,8 +434,6 @@ def assemble(run: Run, minutes: float) -> None:
 
     last = next(run.work / name for name in ("identity", "facesnap", "joint") if (run.work / name / "unet").is_dir())
     parts = load_parts(last)
-    if last.name != "joint" and (run.work / "joint" / "unet").is_dir():
-        average(parts, load_parts(run.work / "joint"))
     known = load_people(run.data)
     scorer = run.work / "scorer" / "recogniser.onnx"
     pipe = FaceSnapPipeline(

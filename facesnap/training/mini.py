@@ -33,6 +33,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -501,8 +502,8 @@ STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for sta
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    draft = path.with_suffix(".part.npy")
+    """Whole or not at all, also where several processes save the same."""
+    draft = path.with_suffix(f".{os.getpid()}.npy")
     np.save(draft, array)
     draft.replace(path)
 

@@ -288,7 +288,7 @@ def test_faces_found_before_a_kill_are_kept(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(features, "PART", 1)
     monkeypatch.setattr(features, "_analyse", analyse)
-    paths = (data, tmp_path / "pack", tmp_path / "head", out)
+    paths = (data, tmp_path / "pack", tmp_path / "head", out, 6)
     with pytest.raises(KeyboardInterrupt):
         features.analyse_people(*paths)
     assert asked == [0, 1] and not out.exists()

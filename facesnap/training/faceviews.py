@@ -218,9 +218,9 @@ def ruffle(image: np.ndarray, labels: np.ndarray, rng: Rng) -> tuple[np.ndarray,
         cv2.resize(rng.standard_normal((*cells, 2), dtype=np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
         for cells in (rng.integers(3, 8, 2), rng.integers(8, 32, 2))
     )
-    x, y = np.split(move * (free * side * rng.uniform(0, 0.025))[..., None], 2, axis=2)
-    x, y = x[..., 0] + np.arange(side, dtype=np.float32), y[..., 0] + np.arange(side, dtype=np.float32)[:, None]
-    x, y = x.astype(np.float32), y.astype(np.float32)
+    pull = move * (free * side * rng.uniform(0, 0.025))[..., None]
+    y, x = np.indices((side, side), np.float32)
+    x, y = x + pull[..., 0], y + pull[..., 1]
     return (
         cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE),
         cv2.remap(labels, x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE),

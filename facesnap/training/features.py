@@ -85,32 +85,33 @@ def analyse_people(
     pack: Path,
     head: Path,
     folder: Path,
+    count: int,
     *,
     rows: np.ndarray | None = None,
     photographed: bool = False,
     workers: int = 1,
 ) -> Features:
-    """Run the pictures of the shards in `data` through the face pack and the head model, and keep what was found in
-    `folder`; where that is there already, only read it.
+    """Run every one of `count` pictures of the shards in `data` through the face pack and the head model, and keep what
+    was found in `folder`; where that is there already, only read it.
 
     Of all but `rows`, where given, nothing is found. `photographed` changes each picture as a camera might have. What
     was killed goes on from the parts that were done.
     """
     if folder.exists():
         return Features.load(folder)
-    count = len(load_people(data, held_out=True))
     rows = np.arange(count) if rows is None else rows
-    shapes = {"found": (), "embeddings": (512,), "crops": (224, 224, 3), "fitted": (72, 2), "points68": (68, 3)}
-    kinds: dict[str, Any] = {"found": bool, "crops": np.uint8}
+    kinds: dict[str, tuple[Any, tuple[int, ...]]] = {  # as in Features
+        "found": (bool, ()), "embeddings": (np.float32, (512,)), "crops": (np.uint8, (224, 224, 3)),
+        "fitted": (np.float32, (72, 2)), "points68": (np.float32, (68, 3)),
+    }  # fmt: skip
     draft = folder.with_suffix(".part")
     draft.mkdir(parents=True, exist_ok=True)
-    files = {name: (draft / f"{name}.npy", kinds.get(name, np.float32), (count, *end)) for name, end in shapes.items()}
     done = draft / "done.txt"  # the rows that were looked at
     if not done.exists():
-        for path, kind, shape in files.values():
-            np.lib.format.open_memmap(path, "w+", kind, shape)
+        for name, (kind, shape) in kinds.items():
+            np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))
         done.touch()
-    out = {name: np.lib.format.open_memmap(path, "r+") for name, (path, _, _) in files.items()}
+    out = {name: np.load(draft / f"{name}.npy", mmap_mode="r+") for name in kinds}
     left = np.setdiff1d(rows, np.array(done.read_text().split(), int))
     parts = np.split(left, range(PART, len(left), PART))
     jobs = [(data, pack, head, part, photographed) for part in parts if len(part)]

@@ -222,7 +222,7 @@ def head(run: Run, minutes: float) -> None:
     )  # fmt: skip
     known = load_people(data)
     faces = run.work / "shape_faces"
-    found = feats.analyse_people(data, run.work / "face_pack", place, faces, workers=run.workers)
+    found = feats.analyse_people(data, run.work / "face_pack", place, faces, len(known), workers=run.workers)
     dataclasses.replace(model, regressor=feats.shape_regressor(model, found, known)).save_pretrained(place)
     shutil.rmtree(faces)  # another recogniser would find other embeddings
 
@@ -242,7 +242,13 @@ def features(run: Run, minutes: float) -> None:
         ("photographed", "clip_photographed.npy", {"rows": photos, "photographed": True}),
     ):
         looked = feats.analyse_people(
-            run.data, run.work / "face_pack", run.work / "head", place / name, workers=run.workers, **options
+            run.data,
+            run.work / "face_pack",
+            run.work / "head",
+            place / name,
+            len(known),
+            workers=run.workers,
+            **options,
         )
         if not (place / clip_name).exists():
             rows = np.flatnonzero(looked.found)

@@ -51,7 +51,7 @@ def open_image(
         try:
             data = Path(source).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            name = Path(source).name
+            name = Path(source).name[-60:]
             raise InputError(f"The picture {name!r} cannot be read: give an existing image file.") from error
     elif isinstance(source, bytes):
         data = source
@@ -87,6 +87,8 @@ def _finish(picture: Image.Image, max_pixels: int, max_side: int, *, opened_here
         if opened_here and picture.format == "JPEG" and max(width, height) > 2 * max_side:
             picture.draft("RGB", (max_side, max_side))  # decode at a half or less: never below max_side
         rgb = _rgb(ImageOps.exif_transpose(picture))
+    except InputError:
+        raise
     except DAMAGE as error:  # Pillow decodes only now
         raise InputError(DAMAGED) from error
     if max(rgb.size) > max_side:
@@ -97,7 +99,12 @@ def _finish(picture: Image.Image, max_pixels: int, max_side: int, *, opened_here
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey, or 32 bits that hold 16 or 8
         values = np.asarray(picture).astype(np.float64)
-        top = 65535.0 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+        if not np.isfinite(values).all():
+            raise InputError("The picture has values that are no numbers: save it again with 8 bits a channel.")
+        most = values.max(initial=0)
+        top = 65535.0 if picture.mode.startswith("I;16") or most > 255 else 255.0
+        if picture.mode == "F" and most <= 1:
+            top = 1.0
         return Image.fromarray(np.clip(values * 255 / top + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
         coloured = picture.convert("RGBA")

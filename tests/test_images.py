@@ -48,6 +48,19 @@ def test_common_formats_are_read(kind):
     assert near(opened[10, 5], RED, 25) and near(opened[10, 35], BLUE, 25)
 
 
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_float_tiffs_of_every_range_keep_their_brightness(white):
+    grey = np.array([[0.0, 0.25, 1.0]] * 3, np.float32) * white
+    opened = open_image(encoded(Image.fromarray(grey), "TIFF"))
+    assert np.abs(opened[0, :, 0].astype(float) - [0, 64, 255]).max() <= 1
+
+
+def test_a_float_tiff_with_holes_is_refused():
+    grey = np.array([[0.0, np.nan]], np.float32)
+    with pytest.raises(InputError, match="no numbers: save it again with 8 bits"):
+        open_image(encoded(Image.fromarray(grey), "TIFF"))
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side: turn by 90 degrees, clockwise

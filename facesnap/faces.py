@@ -7,8 +7,9 @@ an `InputError` that says so.
 """
 
 import hashlib
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,15 @@ class FaceAnalyser:
             raise InputError("No face was found in the picture: use one that shows a face from the front, well lit.")
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
         largest = int(sides.prod(axis=1).argmax())
-        if sides[largest].max() < SMALLEST:
-            raise InputError(
-                f"The largest face is only {sides[largest].max():.0f} pixels high, at least {SMALLEST} "
-                "are needed: use a larger or closer picture."
-            )
         box = found.boxes[largest]
         if found.by == "haar":
             box = self._settle(image, box)
+        side = (box[2:] - box[:2]).max()
+        if side < SMALLEST:
+            raise InputError(
+                f"The largest face is only {math.floor(side)} pixels large, at least {SMALLEST} are needed: "
+                "use a larger or closer picture."
+            )
         return self.describe(image, box, float(found.scores[largest]), count=len(found.boxes), found_by=found.by)
 
     def find(self, image: np.ndarray) -> "Found":
@@ -219,8 +221,12 @@ class Recogniser:
 
     def embed(self, image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
         """RGB uint8 (H, W, 3) and five points (5, 2) in its pixels → embedding (512,), not normalised."""
-        crop = align(image, keypoints)
-        return np.asarray(self._model.get_feat(crop[..., ::-1]), np.float32).reshape(-1)
+        return self.embed_crops([align(image, keypoints)])[0]
+
+    def embed_crops(self, crops: Sequence[np.ndarray]) -> np.ndarray:
+        """RGB uint8 crops (112, 112, 3), as `align` makes them → embeddings (N, 512), not normalised."""
+        told = self._model.get_feat([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])
+        return np.asarray(told, np.float32).reshape(len(crops), -1)
 
 
 def align(image: np.ndarray, keypoints: np.ndarray, size: int = 112) -> np.ndarray:
@@ -271,7 +277,8 @@ def haar(bgr: np.ndarray) -> np.ndarray:
     Their squares reach from the brows to the mouth; they are moved down a little, to be about the face."""
     ratio = min(1.0, 640 / max(bgr.shape[:2]))
     grey = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
-    grey = cv2.equalizeHist(cv2.resize(grey, None, fx=ratio, fy=ratio, interpolation=cv2.INTER_AREA))
+    shape = [max(1, round(side * ratio)) for side in grey.shape[::-1]]
+    grey = cv2.equalizeHist(cv2.resize(grey, shape, interpolation=cv2.INTER_AREA))
     smallest = max(20, round(SMALLEST * ratio))
     for name, mirrored in CASCADES:
         cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"haarcascade_{name}.xml"))

@@ -95,6 +95,12 @@ def test_no_face_is_an_error_in_words(analyser):
         analyser.analyse(canvas())
 
 
+@pytest.mark.parametrize("shape", [(1, 2048, 3), (2048, 1, 3), (1, 1, 3)])
+def test_a_picture_a_pixel_thin_has_no_face(analyser, shape):
+    with pytest.raises(InputError, match="No face"):
+        analyser.analyse(np.zeros(shape, np.uint8))
+
+
 def test_too_small_a_face_is_an_error_with_its_size(analyser):
     with pytest.raises(InputError, match="only 16 pixels.*at least 32"):
         analyser.analyse(canvas(64, 64, face=(32, 32, 2, GREEN)))

@@ -46,6 +46,8 @@ FROM_ELSEWHERE = {  # parts that need not be in a folder: what `load` takes inst
 # names that transformers gives or takes on loading, and what it computes anew
 PREFIXES = ("text_model.", "vision_model.")
 COMPUTED = "position_ids"
+# of a VAE's attention, before diffusers 0.17, which still reads them
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,21 @@ def before_loading(folder: Path, parts: dict[str, Path]) -> list[str]:
     for name, place in places.items():
         if place.is_dir():
             problems += _read_headers(name, place)[1]
+            problems += lacking(name, place)
     return problems
+
+
+def lacking(name: str, place: Path) -> list[str]:
+    """What a base model's part that can be read has too little of: diffusers and transformers fill such gaps with
+    random numbers, and say so in their logs only."""
+    if name not in BASE_CLASSES:
+        return []
+    found, problems = _read_headers(name, place)
+    try:
+        missing = [] if problems else _missing(found, _expected(place, BASE_CLASSES[name]))
+    except Exception:  # a config that no model can be made of: whoever loads it says so
+        missing = []
+    return [f"{name}: {len(missing)} tensors are missing, such as {missing[0]}."] if missing else []
 
 
 def weights(name: str, place: Path, kind: Any) -> Part:
@@ -169,8 +185,7 @@ def _against_config(found: dict[str, tuple[tuple[int, ...], str]], place: Path, 
         yield f"its config.json describes no {kind.__name__} ({type(error).__name__}: {error})."
         return
     have = {_bare(key): shape for key, (shape, dtype) in found.items()}
-    missing = sorted(expected.keys() - have.keys())
-    if missing:
+    if missing := _missing(found, expected):
         yield f"{len(missing)} tensors are missing, such as {missing[0]}."
     others = {key: shape for key, shape in have.items() if key in expected and shape != expected[key]}
     if others:
@@ -179,6 +194,10 @@ def _against_config(found: dict[str, tuple[tuple[int, ...], str]], place: Path, 
     spare = sorted(key for key in have.keys() - expected.keys() if not key.endswith(COMPUTED))
     if spare and kind is not CLIPVisionModel:  # which may lie in the file of a whole CLIP
         yield f"{len(spare)} tensors belong to no such model, such as {spare[0]}."
+
+
+def _missing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    return sorted(expected.keys() - {_bare(key) for key in found})
 
 
 def _expected(place: Path, kind: Any) -> dict[str, tuple[int, ...]]:
@@ -191,6 +210,8 @@ def _expected(place: Path, kind: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _bare(key: str) -> str:
+    for old, new in OLD_NAMES.items():
+        key = key.replace(old, new)
     return key.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
 
 

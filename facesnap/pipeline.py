@@ -16,6 +16,7 @@ A checkpoint is a stock SDXL folder (`model_index.json` names the base model's p
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import numbers
 import os
@@ -68,6 +69,7 @@ MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_TURN = 60.0  # degrees added to a pose
+STOCK_ARGUMENTS = {*inspect.signature(StableDiffusionXLPipeline.__call__).parameters, "callback", "callback_steps"}
 FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 # Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
@@ -243,6 +245,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         Raises:
             InputError: the folder is missing, incomplete or damaged; the message names the part.
         """
+        from . import checks  # which knows the pipelines
+
         folder = _local_folder(model)
         settings = _read_settings(model, folder, cls.kind)
         ours = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
@@ -250,6 +254,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         for name in BASE_PARTS:
             if name not in kwargs and not (folder / name).is_dir():
                 raise _incomplete(model, name)
+            if name not in kwargs and (problems := checks.lacking(name, folder / name)):
+                raise InputError(f"The checkpoint '{model}' is damaged: {problems[0]} Fetch or build it again.")
         with _reading(model, "base model"):
             base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
         return cls._around(base, ours, settings)
@@ -545,7 +551,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
         Raises:
             InputError: an argument is out of bounds, a photo cannot be used; in words for the user.
+            TypeError: an argument that nobody knows, which the stock call would pass over.
         """
+        for name in sorted(kwargs.keys() - STOCK_ARGUMENTS):
+            elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
+            where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}{where}")
         if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
             raise InputError(
                 "The model's weights are in half precision, in which a CPU is many times slower; load it with "

@@ -569,6 +569,29 @@ def test_weights_that_lack_tensors_are_damaged(saved, tmp_path, tiny_readers):
         FaceSnapPipeline.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(("part", "tensor"), [("unet", "conv_in.bias"), ("text_encoder", "norm.bias"), ("vae", "to_q")])
+def test_a_base_model_that_lacks_tensors_is_damaged(saved, tmp_path, tiny_readers, part, tensor):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    gone = next(key for key in tensors if tensor in key)
+    tensors.pop(gone)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"is damaged: {part}: 1 tensors are missing.*Fetch or build it again"):
+        FaceSnapPipeline.from_pretrained(folder)
+    parts = {part: getattr(FaceSnapPipeline.from_pretrained(saved), part)}
+    assert getattr(FaceSnapPipeline.from_pretrained(folder, **parts), part) is parts[part]  # it is not read then
+
+
+def test_arguments_that_nobody_knows_are_refused(pipe):
+    with pytest.raises(TypeError, match="unexpected argument 'sede'"):
+        portrait(pipe, sede=3)
+    with pytest.raises(TypeError, match="unexpected argument 'yaw'; give it to `preview`"):
+        portrait(pipe, yaw=30)
+
+
 def test_checkpoint_trained_without_ffrnet_needs_none(pipe, tmp_path, tiny_readers):
     without = tiny_pipeline(ffrnet=None)
     without.settings = replace(without.settings, variant="none")

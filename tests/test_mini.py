@@ -1,7 +1,9 @@
 """The mini's recipe at tiny size: what each stage may change, and what its samples depend on."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx import load as load_onnx
 from onnx import save as save_onnx
 from tiny import tiny_vae
+from transformers import CLIPVisionModel
 
 from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import eye_distance
@@ -20,10 +23,12 @@ from facesnap.training.data import load_people
 from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
 from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, named_words, save_face_encoder
 from facesnap.training.facenets import RecogniserNet
+from facesnap.training.faceviews import aligned_view, face_set
 from facesnap.training.features import Features, head_masks, make_head_model
 from facesnap.training.identity import IdentityConfig, IdentityLoss
+from facesnap.training.steady import SteadyStage, embeddings_of, unexplained
 from facesnap.training.text import encode_text, make_text_encoders, token_ids, train_tokenizer
-from facesnap.training.trainer import Trainer, TrainerConfig
+from facesnap.training.trainer import Trainer, TrainerConfig, write_whole
 
 SIZE, GRID = 64, 4
 
@@ -160,8 +165,6 @@ def test_captions_of_the_whole_world_fit_the_tokenizer() -> None:
 
 
 def test_the_face_encoder_saved_alone_gives_the_same_features(people, tokenizer, tmp_path) -> None:
-    from transformers import CLIPVisionModel
-
     encoder = make_face_encoder(64, 2, 32)
     _, text = make_text_encoders(tokenizer, (32, 32), (2, 2))
     stage = FaceEncoderStage(encoder, text, tokenizer, people, *crops_of(people), batch_size=4)
@@ -338,6 +341,144 @@ def test_the_encoder_is_asked_for_words_of_the_person(people) -> None:
     assert not any("background" in w or "," in w for w in words)
 
 
+def make_steady(people, *, batch_size: int = 8, **options) -> SteadyStage:
+    torch.manual_seed(0)
+    encoder = CLIPVisionModel(make_face_encoder(64, 2, 32).config)
+    rows = np.flatnonzero(np.array(people.styles) == "photo")
+    looks = np.random.default_rng(0).standard_normal((len(rows), 2, 512)).astype(np.float32)
+    return SteadyStage(
+        encoder, make_mixer(64, 64, 32), people, rows, *crops_of(people, rows), looks, batch_size=batch_size, **options
+    )
+
+
+def test_steadiness_starts_from_what_is_there_and_teaches_encoder_and_mixer_only(people, tmp_path) -> None:
+    stage = make_steady(people, strangers=0.0)
+    batch = stage.batch(np.random.default_rng(0))
+    same = batch | {"photo": batch["render"], "told": batch["right"]}
+    keys = ("states", "seen", "told")
+    assert not any(stage.loss(same, 0, torch.Generator())[1][key] for key in keys)  # both say the same of it
+    assert all(stage.loss(batch, 0, torch.Generator())[1][key] for key in keys)
+    teachers = snapshot({str(i): part for i, part in enumerate(stage.teachers)})
+    before = snapshot(stage.modules())
+    Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
+    after = snapshot(stage.modules())
+    for name in ("face_encoder", "mixer"):
+        assert any(not torch.equal(after[k], before[k]) for k in after if k.startswith(name)), name
+    kept = snapshot({str(i): part for i, part in enumerate(stage.teachers)})
+    assert all(torch.equal(v, teachers[k]) for k, v in kept.items())
+
+
+def test_the_teacher_has_the_right_embedding_where_the_pupil_has_a_strangers(people) -> None:
+    stage = make_steady(people, batch_size=40, strangers=0.5, claims=0.0)
+    stage.groups = [np.arange(3)] * 40
+    batch = stage.batch(np.random.default_rng(1))
+    right, told = batch["right"].flatten(0, 1), batch["told"].flatten(0, 1)
+    own = torch.from_numpy(stage.looks[:3])
+    assert (right[:, None] == own[None, :, 0]).all(-1).any(1).all()
+    foreign = (told[:, None] != own.flatten(0, 1)).any(-1).all(1).float().mean()
+    assert 0.1 < foreign < 0.6  # some of the strangers are among the three
+    one, two = (stage.batch(np.random.default_rng((3, 7))) for _ in range(2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_some_embeddings_claim_another_hair_or_beard_and_nothing_else(people) -> None:
+    stage = make_steady(people, strangers=0.0, claims=1.0)
+    batch = stage.batch(np.random.default_rng(2))
+    own = torch.from_numpy(stage.looks).flatten(0, 1)
+    ways = torch.from_numpy(np.concatenate([means - means.mean(0) for _, means in stage.values]))
+    moved = 0
+    for told in batch["told"].flatten(0, 1):
+        apart = told - own
+        along = apart @ torch.linalg.pinv(ways) @ ways
+        off = (apart - along).norm(dim=1) / own.norm(dim=1)
+        assert off.min() < 1e-3  # of one of the looks, along what tells hair and beards apart
+        moved += int(apart[off.argmin()].norm() > 1)
+    assert moved > len(batch["told"]) / 2
+    assert all((row == own).all(1).any() for row in batch["right"].flatten(0, 1))
+
+
+def test_some_people_are_kept_to_see_what_steadiness_learns(people, tmp_path) -> None:
+    stage = make_steady(people)
+    (kept,) = stage.held_out
+    assert not np.isin(kept, np.concatenate(stage.groups)).any()
+    assert len(kept) + sum(map(len, stage.groups)) == len(stage.crops)
+    assert stage.sample_sheet(tmp_path) == stage.sample_sheet(tmp_path)
+    assert set(stage.sample_sheet(tmp_path)) == {f"held_out_{key}" for key in ("states", "words", "seen", "told")}
+
+
+def test_what_steadiness_learned_goes_when_the_parts_it_began_from_change(monkeypatch, tmp_path) -> None:
+    run = mini.Run(tmp_path, tmp_path / "mini", tmp_path, "cpu", 1, 1, 1, 1)
+
+    class Run(Trainer):
+        def __init__(self, learns: int):
+            self.step, self.learns = 0, learns
+            self.accelerator = SimpleNamespace(is_main_process=True)
+
+        def train(self):
+            self.step += self.learns
+
+        def averaged(self):
+            return nullcontext()
+
+    monkeypatch.setattr(mini, "diffusion_stage", lambda *_, **__: None)
+    monkeypatch.setattr(mini, "save_parts", lambda parts, folder: folder.mkdir())
+    for learns in (0, 1):
+        (tmp_path / "steady").mkdir(exist_ok=True)
+        monkeypatch.setattr(mini, "_trainer", lambda *_, learns=learns, **__: Run(learns))
+        mini._diffusion(run, "identity", None, 1.0, lr=1.0)
+        assert (tmp_path / "identity").is_dir() and (tmp_path / "steady").is_dir() == (not learns)
+
+
+def test_a_folder_is_there_whole_or_as_it_was(tmp_path) -> None:
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "one").write_text("new")
+        raise KeyboardInterrupt
+
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "one").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "place", save)
+    assert (tmp_path / "place" / "one").read_text() == "old"
+    write_whole(tmp_path / "place", lambda folder: (folder.mkdir(), (folder / "two").write_text("new")))
+    assert [file.name for file in (tmp_path / "place").iterdir()] == ["two"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["place"]
+
+
+def test_the_encoder_does_not_learn_to_say_what_the_recogniser_says(people) -> None:
+    stage = make_steady(people)
+    batch = stage.batch(np.random.default_rng(0))
+    gradients = []
+    for told in (batch["told"], batch["told"].flip(0) + 1):
+        for part in stage.modules().values():
+            part.zero_grad()
+        stage.loss(batch | {"told": told}, 0, torch.Generator())[0].backward()
+        gradients.append([part.clone() for part in (
+            stage.encoder.embeddings.patch_embedding.weight.grad, stage.mixer.w_id.weight.grad
+        )])  # fmt: skip
+    (encoder, mixer), (encoder_2, mixer_2) = gradients
+    assert encoder.abs().sum() > 0 and torch.equal(encoder, encoder_2) and not torch.equal(mixer, mixer_2)
+
+
+def test_the_share_that_is_left_unexplained() -> None:
+    wanted = torch.randn(50, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert unexplained(wanted, wanted) == 0
+    assert unexplained(wanted.mean(0).expand_as(wanted), wanted) == pytest.approx(1)
+
+
+def test_embeddings_of_renders_and_of_photographs_of_them(people) -> None:
+    class Counter:
+        def embed_crops(self, crops):
+            return np.stack([np.full(512, crop.mean(), np.float32) for crop in crops])
+
+    known = (people.images, people.masks, people.landmarks, people.landmarks3d, people.person, people.parameters)
+    faces = face_set(*known)
+    told = embeddings_of(Counter(), faces, np.array([2, 5]), looks=3)
+    assert told.shape == (2, 3, 512) and (told[:, 0] != told[:, 1]).all() and (told[:, 1] != told[:, 2]).all()
+    exact = aligned_view(faces, 5, np.random.default_rng(0), jitter=0.0)
+    assert told[1, 0, 0] == pytest.approx(exact.mean())
+
+
 def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -368,7 +509,7 @@ def test_steps_are_for_the_stages_that_several_processes_share(tmp_path, capsys)
     for chosen in (["--stage", "vae"], ["--all"]):
         with pytest.raises(SystemExit):
             mini.main([*chosen, "--work", str(tmp_path), "--steps", "5"])
-        assert "--steps is for --stage joint, facesnap or identity" in capsys.readouterr().err
+        assert "--steps is for --stage joint, steady, facesnap or identity" in capsys.readouterr().err
 
 
 def test_processes_share_out_the_noise_levels(people, tokenizer, monkeypatch) -> None:

@@ -70,8 +70,7 @@ class FaceEncoderStage(Stage):
         self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(math.log(10.0)))})
         self.ids = token_ids(tokenizer, people.rich)
         self.words, self.named = named_words(people.rich)
-        width = encoder.config.hidden_size
-        self.naming = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, len(self.words)))
+        self.naming = make_naming(encoder, len(self.words))
         self.crops, self.labels = crops, labels
         self.groups = list(people.by_person().values())
         self.batch_size = min(batch_size, len(self.groups))
@@ -94,11 +93,26 @@ class FaceEncoderStage(Stage):
         logits = image @ text.T * self.scale["log"].clamp(max=math.log(100.0)).exp()
         own = torch.arange(len(logits), device=logits.device)
         contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        states = seen.hidden_states[-2]
-        naming = self.naming(torch.cat([states[:, 0], states[:, 1:].mean(1)], -1)).float()
-        words = F.binary_cross_entropy_with_logits(naming, batch["named"].float(), reduction="none").sum(1).mean()
+        words = misnamed(self.naming, summary(seen.hidden_states[-2]), batch["named"])
         logs = {"accuracy": (logits.argmax(1) == own).float().mean(), "words": words}
         return contrast + 0.2 * words, logs
+
+
+def make_naming(encoder: nn.Module, words: int) -> nn.Sequential:
+    """What names `words` words from a `summary` of the encoder's states."""
+    width = 2 * encoder.config.hidden_size
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, words))
+
+
+def summary(states: Tensor) -> Tensor:
+    """The class token and the mean patch (N, 2·C) of hidden states (N, 1 + P, C): what no shift of a crop changes."""
+    return torch.cat([states[:, 0], states[:, 1:].mean(1)], -1)
+
+
+def misnamed(naming: nn.Module, summaries: Tensor, named: Tensor) -> Tensor:
+    """The mean picture's nats over all its words; named (N, K) bool."""
+    words = naming(summaries).float()
+    return F.binary_cross_entropy_with_logits(words, named.float(), reduction="none").sum(1).mean()
 
 
 def named_words(captions: Sequence[str], least: float = 0.004) -> tuple[list[str], np.ndarray]:
@@ -117,37 +131,46 @@ def named_words(captions: Sequence[str], least: float = 0.004) -> tuple[list[str
     return kept, np.array([[words in own for words in kept] for own in told])
 
 
-def view(crop: np.ndarray, labels: np.ndarray, backgrounds: views.Backgrounds, rng: np.random.Generator) -> np.ndarray:
-    """A face crop as another detector and camera might have given it (112, 112, 3): moved, mirrored, a photograph."""
+def view(
+    crop: np.ndarray,
+    labels: np.ndarray,
+    backgrounds: views.Backgrounds,
+    rng: np.random.Generator,
+    *,
+    mirror: bool = True,
+) -> np.ndarray:
+    """A face crop as another detector and camera might have given it (112, 112, 3): moved, scaled, a photograph, and
+    with `mirror` half of the time mirrored."""
     size = len(crop)
-    scale = SIDE / size * np.exp(rng.uniform(-0.08, 0.2))
+    scale = SIDE / size * np.exp(rng.uniform(-0.25, 0.25))
     room = max(size * scale - SIDE, 0) / 2
-    target = SIDE / 2 + rng.uniform(-1, 1, 2) * (room + 0.04 * SIDE)
-    matrix = views.around((size / 2, size / 2), rng.normal() * 0.1, scale, target)
+    target = SIDE / 2 + rng.uniform(-1, 1, 2) * (room + 0.08 * SIDE)
+    matrix = views.around((size / 2, size / 2), rng.normal() * 0.3, scale, target)
     picture = views.warp(crop, matrix, SIDE, borderMode=cv2.BORDER_REPLICATE)
     if rng.random() < 0.8:
         kinds = cv2.warpAffine(labels, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         picture = views.as_photograph(picture, kinds, backgrounds, rng)
-    if rng.random() < 0.3:  # a picture that ends near the face, as `faces.square_crop` extends it
-        top, bottom, left, right = (rng.uniform(0, 0.16, 4) * SIDE).astype(int)
+    if rng.random() < 0.5:  # a picture that ends near the face, most often below, as `faces.square_crop` extends it
+        top, bottom, left, right = (rng.uniform(0, (0.12, 0.35, 0.16, 0.16)) * SIDE).astype(int)
         kept = picture[top : SIDE - bottom, left : SIDE - right]
         picture = cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_REPLICATE)
-    if rng.random() < 0.5:
+    if mirror and rng.random() < 0.5:
         picture = picture[:, ::-1]
     return np.ascontiguousarray(picture)
 
 
-def crops_of(people: People) -> tuple[np.ndarray, np.ndarray]:
+def crops_of(people: People, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Crops (N, 224, 224, 3) around the box that the exact landmarks span, extended over the forehead, and their
-    labels (N, 224, 224).
+    labels (N, 224, 224), of all pictures or of some `rows`.
 
     Only the encoder itself is trained on these, changed by `view`; everything after it uses the crops of `faces.py`.
     """
-    crops, labels = np.empty((len(people), 224, 224, 3), np.uint8), np.empty((len(people), 224, 224), np.uint8)
-    for row in range(len(people)):
+    rows = np.arange(len(people)) if rows is None else rows
+    crops, labels = np.empty((len(rows), 224, 224, 3), np.uint8), np.empty((len(rows), 224, 224), np.uint8)
+    for i, row in enumerate(rows):
         box = box_around(people.landmarks[row])
-        crops[row] = square_crop(people.images[row], box)
-        labels[row] = square_crop(people.masks[row], box, nearest=True)
+        crops[i] = square_crop(people.images[int(row)], box)
+        labels[i] = square_crop(people.masks[int(row)], box, nearest=True)
     return crops, labels
 
 

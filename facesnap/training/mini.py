@@ -1,6 +1,6 @@
 """The mini's recipe: a whole FaceSnap from nothing, stage by stage, on rendered people.
 
-    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, 14 hours on 2 cores
+    python -m facesnap.training.mini --all --work DIR --out assets/mini            # everything, 15 hours on 2 cores
     python -m facesnap.training.mini --stage joint --work DIR --minutes 60         # one stage; what is done is kept
     python -m facesnap.training.mini --all --work DIR --minutes 50 --device cuda   # a budget shared by the stages
 
@@ -17,14 +17,16 @@
 | joint        | base UNet, text encoders, mixer, FFRNet together (diffusion.py) | features               |
 | facesnap     | mixer and FFRNet, base frozen: the paper's training             | joint                  |
 | identity     | the same with the identity loss (not part of --all)             | facesnap, recogniser B |
-| assemble     | nothing: writes the checkpoint folder                           | facesnap               |
+| steady       | face encoder and mixer, to see past the camera (steady.py)      | facesnap or identity   |
+| assemble     | nothing: writes the checkpoint folder                           | steady                 |
 
 Every stage that learns resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a
 finished checkpoint (`--out`), so that training goes on from weights that were shipped: people, unpack, features, joint,
-facesnap, assemble. Where recogniser A or the face encoder was trained anew in between, `adopt` comes before joint: it
-teaches the shipped mixer to read them.
+facesnap, steady, assemble. Where recogniser A or the face encoder was trained anew in between, `adopt` comes before
+joint: it teaches the shipped mixer to read them.
 
-Several GPUs, or the cores of a CPU, share joint, facesnap or identity as processes; they count steps, not minutes:
+Several GPUs, or the cores of a CPU, share joint, steady, facesnap or identity as processes; they count steps, not
+minutes:
     torchrun --nproc-per-node 2 -m facesnap.training.mini --stage joint --work DIR --threads 1 --steps 1200
 """
 
@@ -53,6 +55,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
+from facesnap.faces import FaceAnalyser, Recogniser, five_points
 from facesnap.ffrnet import FFRNet
 from facesnap.heads import LinearHeadModel
 from facesnap.mixer import FacialAttributeMixer
@@ -61,9 +64,11 @@ from . import face_encoder as clip
 from . import features as feats
 from .data import load_people
 from .diffusion import CONTROL_WIDTHS, PREDICTION, Parts, SheetStage, make_mixer, make_scheduler, make_unet, phi_of
+from .faceviews import load as load_faces
 from .identity import IdentityConfig, IdentityLoss, load_recogniser
+from .steady import SteadyStage, embeddings_of
 from .text import make_text_encoders, train_tokenizer
-from .trainer import Trainer, TrainerConfig, make_accelerator
+from .trainer import Stage, Trainer, TrainerConfig, make_accelerator, write_whole
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
@@ -85,8 +90,9 @@ SHARES = {
     "vae": 0.15,
     "face_encoder": 0.06,
     "decoder": 0.05,
-    "joint": 0.38,
-    "facesnap": 0.13,
+    "joint": 0.34,
+    "facesnap": 0.12,
+    "steady": 0.05,
 }
 MINUTES = {
     "faces": 140.0,
@@ -95,6 +101,7 @@ MINUTES = {
     "face_encoder": 60.0,
     "decoder": 30.0,
     "joint": 420.0,
+    "steady": 40.0,
     "facesnap": 90.0,
     "identity": 60.0,
 }
@@ -202,8 +209,8 @@ def face_encoder(run: Run, minutes: float) -> None:
     )  # fmt: skip
     trainer.train()
     with trainer.averaged():
-        clip.save_face_encoder(encoder.cpu(), place)
-        text.cpu().save_pretrained(run.work / "text_encoder_2_clip")
+        write_whole(place, lambda draft: clip.save_face_encoder(encoder.cpu(), draft))
+        write_whole(run.work / "text_encoder_2_clip", text.cpu().save_pretrained)
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
     model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
     found = clip.probes(clip.features_of(model, stage.crops, rows), known, rows)
@@ -286,8 +293,6 @@ def adopt(run: Run, minutes: float) -> None:
 
     A ridge regression each on pictures of known faces; what it leaves unexplained is for the stages that follow.
     """
-    from facesnap.faces import Recogniser, five_points
-
     known, found = load_people(run.data), feats.Features.load(run.work / "features" / "faces")
     old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
     rows = np.flatnonzero(found.found)
@@ -350,7 +355,7 @@ def facesnap(run: Run, minutes: float) -> None:
 
 def identity(run: Run, minutes: float) -> None:
     """The paper's training with both losses, from where the last stage left off."""
-    start = next(run.work / name for name in ("facesnap", "joint", "start") if (run.work / name / "unet").is_dir())
+    start = latest(run, "facesnap", "joint", "start")
     config = IdentityConfig(str(run.work / "faces" / "recogniser_B.onnx"), every=2, samples=16)
     _diffusion(run, "identity", load_parts(start), minutes, lr=5e-4, identity=config)
 
@@ -367,6 +372,48 @@ def _diffusion(
 ) -> None:
     """`embed`: the control pictures' embedding has learned before; it stays frozen and its output is kept."""
     stage = diffusion_stage(run, parts, joint=name == "joint", identity=identity, embed=embed)
+    trainer = _trainer(run, name, stage, minutes, lr=lr)
+    begun = trainer.step
+    trainer.train()
+    if not trainer.accelerator.is_main_process:
+        return
+    with trainer.averaged():
+        write_whole(run.work / name, lambda draft: save_parts(parts, draft))
+    for stale in ("steady", "steady_run") if trainer.step > begun else ():  # they began from other parts
+        shutil.rmtree(run.work / stale, ignore_errors=True)
+
+
+def steady(run: Run, minutes: float) -> None:
+    """Last of all, since the features of the stages before are the old encoder's. What these stages learn later makes
+    it anew."""
+    parts, known = load_parts(latest(run, "identity", "facesnap", "joint", "start")), load_people(run.data)
+    rows = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
+    recogniser = Recogniser(run.work / "face_pack" / "recogniser.onnx")
+    of_what = recogniser.path.read_bytes() + known.person[rows].tobytes() + known.index[rows].tobytes()
+    cached = run.work / f"looks-{hashlib.sha256(of_what).hexdigest()[:12]}.npy"
+    if not cached.exists():
+        _save(cached, embeddings_of(recogniser, load_faces(run.data), rows))
+    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
+    looks = np.load(cached)
+    stage = SteadyStage(encoder, parts.mixer, known, rows, *clip.crops_of(known, rows), looks)
+    trainer = _trainer(run, "steady", stage, minutes, lr=1e-3)
+    trainer.train()
+
+    def save(draft: Path) -> None:
+        save_parts(parts, draft)
+        encoder.save_pretrained(draft / "face_encoder")
+
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            write_whole(run.work / "steady", save)
+
+
+def latest(run: Run, *stages: str) -> Path:
+    """The folder of the first of `stages` that has been trained."""
+    return next(run.work / name for name in stages if (run.work / name / "unet").is_dir())
+
+
+def _trainer(run: Run, name: str, stage: Stage, minutes: float, *, lr: float) -> Trainer:
     ends: dict[str, Any] = {"minutes": minutes}
     if run.steps is not None:
         ends = {"steps": run.steps, "checkpoint_every": 200, "sheet_every": 200}
@@ -374,13 +421,9 @@ def _diffusion(
         run.work / f"{name}_run", optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
         ema=0.99, warmup=60, hold=0.5, device=run.device, log_every=20, **ends,
     )  # fmt: skip
-    # of the text encoders' last layers nothing is read
+    # of CLIP's last layers nothing is read
     unread = DistributedDataParallelKwargs(find_unused_parameters=True)
-    trainer = Trainer(stage, config, make_accelerator(config, kwargs_handlers=[unread]))
-    trainer.train()
-    with trainer.averaged():
-        if trainer.accelerator.is_main_process:
-            save_parts(parts, run.work / name)
+    return Trainer(stage, config, make_accelerator(config, kwargs_handlers=[unread]))
 
 
 def _fingerprint(module: nn.Module) -> str:
@@ -436,11 +479,11 @@ def load_parts(folder: Path) -> Parts:
 
 def assemble(run: Run, minutes: float) -> None:
     """The checkpoint folder: fp16 weights, fp32 text encoders, no file over 10 MB."""
-    from facesnap.faces import FaceAnalyser, Recogniser
     from facesnap.pipeline import FaceSnapPipeline, Settings
 
-    last = next(run.work / name for name in ("identity", "facesnap", "joint") if (run.work / name / "unet").is_dir())
+    last = latest(run, "steady", "identity", "facesnap", "joint")
     parts = load_parts(last)
+    encoder = next(place / "face_encoder" for place in (last, run.work) if (place / "face_encoder").is_dir())
     known = load_people(run.data)
     scorer = run.work / "scorer" / "recogniser.onnx"
     pipe = FaceSnapPipeline(
@@ -453,7 +496,7 @@ def assemble(run: Run, minutes: float) -> None:
         scheduler=make_scheduler(),
         mixer=parts.mixer,
         ffrnet=parts.ffrnet,
-        face_encoder=CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32),
+        face_encoder=CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32),
         face_analyser=FaceAnalyser(run.work / "face_pack"),
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,
@@ -503,8 +546,9 @@ def store_half(path: Path) -> None:
     onnx.save(model, path)
 
 
-ORDER = (people, faces, scorer, head, vae, face_encoder, features, decoder, joint, facesnap, assemble)
-STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, unpack, adopt, identity)}
+ORDER = (people, faces, scorer, head, vae, face_encoder, features, decoder, joint, facesnap, steady, assemble)
+OTHERS = (unpack, adopt, identity)
+STAGES: dict[str, Callable[[Run, float], None]] = {stage.__name__: stage for stage in (*ORDER, *OTHERS)}
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -532,15 +576,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/mini"), help="the finished checkpoint")
     parser.add_argument("--data", type=Path, help="shards (default: WORK/people)")
     parser.add_argument("--minutes", type=float, help="budget of the stage, or with --all of everything that learns")
-    parser.add_argument("--steps", type=int, help="of joint, facesnap or identity, instead of minutes")
+    parser.add_argument("--steps", type=int, help="of joint, steady, facesnap or identity, instead of minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")
     parser.add_argument("--people", type=int, default=4000)
     parser.add_argument("--per-person", type=int, default=5)
     args = parser.parse_args(argv)
-    if args.steps is not None and args.stage not in ("joint", "facesnap", "identity"):
-        parser.error("--steps is for --stage joint, facesnap or identity")
+    if args.steps is not None and args.stage not in ("joint", "steady", "facesnap", "identity"):
+        parser.error("--steps is for --stage joint, steady, facesnap or identity")
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     run = Run(

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -570,6 +570,15 @@ def make_accelerator(config: TrainerConfig, **options: Any) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         **options,
     )
+
+
+def write_whole(folder: Path, save: Callable[[Path], Any]) -> None:
+    """Let `save` write a folder, and put it in the place of `folder` once it is whole."""
+    draft = folder.with_suffix(".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    save(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
 
 
 def _adamw(name: str) -> Any:

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from facesnap.training.data import BACKGROUND, CLOTHES, People, load_people
-from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig, write_whole
 
 LATENT_CHANNELS = 16
 WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
@@ -255,7 +255,7 @@ def export(trainer: Trainer, stage: VaeStage, folder: Path) -> None:
     if stage.latents is None:
         some = stage.rows[np.linspace(0, len(stage.rows) - 1, min(400, len(stage.rows))).astype(int)]
         fold_normalisation(vae, *latent_statistics(vae, stage.people.images[some], torch.device("cpu")))
-    vae.save_pretrained(folder)
+    write_whole(folder, vae.save_pretrained)  # it may be where the stage began from
 
 
 def _box(points: np.ndarray, margin: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

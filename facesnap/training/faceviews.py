@@ -194,7 +194,7 @@ def retexture(image: np.ndarray, labels: np.ndarray, rng: Rng) -> np.ndarray:
     """
     height, width = image.shape[:2]
     x = image.astype(np.float32)
-    for label, shadow, strands, shine in ((SKIN, 0.3, 0.08, 0.06), (HAIR, 0.3, 0.4, 0.18)):
+    for label, shadow, strands, shine in ((SKIN, 0.3, 0.08, 0.06), (HAIR, 0.3, 0.4, 0.4)):
         if rng.random() < 0.3:
             continue
         alpha = cv2.GaussianBlur((labels == label).astype(np.float32), (0, 0), max(width / 112, 0.5))

@@ -114,8 +114,8 @@ def before_loading(folder: Path, parts: dict[str, Path]) -> list[str]:
     problems += [f"{name} is missing." for name in BASE_PARTS if not (folder / name).is_dir()]
     for name, place in places.items():
         if place.is_dir():
-            problems += _read_headers(name, place)[1]
-            problems += lacking(name, place)
+            found, damage = _read_headers(name, place)
+            problems += damage or _gaps(name, place, found)
     return problems
 
 
@@ -124,9 +124,15 @@ def lacking(name: str, place: Path) -> list[str]:
     random numbers, and say so in their logs only."""
     if name not in BASE_CLASSES:
         return []
-    found, problems = _read_headers(name, place)
+    found, damage = _read_headers(name, place)
+    return [] if damage else _gaps(name, place, found)
+
+
+def _gaps(name: str, place: Path, found: dict[str, Any]) -> list[str]:
+    if name not in BASE_CLASSES:
+        return []
     try:
-        missing = [] if problems else _missing(found, _expected(place, BASE_CLASSES[name]))
+        missing = _missing(found, _expected(place, BASE_CLASSES[name]))
     except Exception:  # a config that no model can be made of: whoever loads it says so
         missing = []
     return [f"{name}: {len(missing)} tensors are missing, such as {missing[0]}."] if missing else []

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from facesnap.training.data import Rows, load_people
+from facesnap.training.data import Rows, draw_references, load_people
 
 
 def write_shard(path: Path, people: list[int], per_person: int = 2, version="1", skip="") -> None:
@@ -109,3 +109,11 @@ def test_rows_read_like_one_array():
         assert np.array_equal(rows[key], whole[key])
     with pytest.raises(IndexError):
         rows[10]
+
+
+def test_references_are_different_rows_of_their_own_group():
+    groups = [np.array([4, 7, 9]), np.array([1])]
+    for seed in range(9):
+        chosen, there = draw_references(np.random.default_rng(seed), groups, 2)
+        assert there.tolist() == [[True, True], [True, False]]
+        assert set(chosen[0]) < {4, 7, 9} and len(set(chosen[0])) == 2 and chosen[1, 0] == 1

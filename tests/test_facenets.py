@@ -11,6 +11,7 @@ from insightface.model_zoo import get_model
 from insightface.utils.face_align import trans_points
 
 from facesnap import landmarks as lm
+from facesnap.images import warp
 from facesnap.training import facenets, faceviews
 from facesnap.training.data import HAIR, SKIN
 from facesnap.training.facenets import Detector, LandmarkNet, RecogniserNet
@@ -98,7 +99,7 @@ def test_warp_moves_pixels_where_moved_says():
     image[(x - 140) ** 2 + (y - 60) ** 2 < 400] = 255
     for scale in (0.15, 0.4, 1.0, 1.7):
         matrix = faceviews.around((140, 60), 0.3, scale, (47, 52))
-        seen = faceviews.warp(image, matrix, 96)[..., 0].astype(float)
+        seen = warp(image, matrix, 96)[..., 0].astype(float)
         rows, columns = np.mgrid[:96, :96]
         centre = np.array([(columns * seen).sum(), (rows * seen).sum()]) / seen.sum()
         assert np.abs(centre - [47, 52]).max() < 0.15

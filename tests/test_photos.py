@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader
 from facesnap.landmarks import draw
 from facesnap.training import photos
 from facesnap.training.data import read_shard
-from facesnap.training.photos import PhotoConfig, PhotoShards, bucket_sizes, moved, photo_loader, place, time_ids, warp
+from facesnap.training.photos import (
+    PhotoConfig,
+    PhotoShards,
+    bucket_sizes,
+    moved,
+    photo_loader,
+    place,
+    placed,
+    time_ids,
+)
 
 SMALL = PhotoConfig(resolution=128, batch_size=2)
 
@@ -139,8 +148,8 @@ def test_picture_mask_and_landmarks_move_together(size):
     angles, scales, padded = [], [], 0
     for _ in range(20):
         matrix, scale = place(target, size, rng)
-        image = warp(target.picture, matrix, size, (127, 127, 127))
-        mask = warp(target.mask, matrix, size, (0,))
+        image = placed(target.picture, matrix, size, (127, 127, 127))
+        mask = placed(target.mask, matrix, size, (0,))
         dots = moved(target.dots, matrix)
         for x, y in dots:  # each dot is where its point went
             spot = image[max(round(y) - 8, 0) : round(y) + 9, max(round(x) - 8, 0) : round(x) + 9, 0].astype(float)
@@ -162,7 +171,7 @@ def test_a_head_larger_than_the_bucket_is_shrunk_into_it():
     target = Painted(200, 200, (100, 100), 98)
     for rng in (None, np.random.default_rng(1)):
         matrix, _ = place(target, (192, 320), rng)
-        mask = warp(target.mask, matrix, (192, 320), (0,))
+        mask = placed(target.mask, matrix, (192, 320), (0,))
         rows, columns = np.flatnonzero(mask.max(1) > 127), np.flatnonzero(mask.max(0) > 127)
         assert np.ptp(rows) == pytest.approx(np.ptp(columns), abs=2) and np.ptp(rows) > 140  # a whole disc
 

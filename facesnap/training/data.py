@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ def load_people(folder: str | Path, cache_dir: str | Path | None = None, *, held
         seeds=texts["seed"],
         version=version,
     )
+
+
+def draw_references(rng: np.random.Generator, groups: Iterable[np.ndarray], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `most` different rows out of each of N groups of rows: (N, most), and which of them are there (N, most)."""
+    taken = [rng.permutation(group)[:most] for group in groups]
+    chosen, mask = np.zeros((len(taken), most), int), np.zeros((len(taken), most), bool)
+    for i, take in enumerate(taken):
+        chosen[i, : len(take)], mask[i, : len(take)] = take, True
+    return chosen, mask
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -25,7 +25,7 @@ from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import draw, to_68
 from facesnap.mixer import FacialAttributeMixer
 
-from .data import People
+from .data import People, draw_references
 from .features import Features, head_masks
 from .identity import IdentityConfig, IdentityLoss
 from .losses import (
@@ -172,12 +172,7 @@ class DiffusionStage(Stage):
     def batch(self, rng: np.random.Generator) -> Batch:
         rows = rng.choice(self.rows, self.batch_size)
         most = int(rng.choice([1, 2, 3, 4], p=[0.6, 0.2, 0.1, 0.1]))
-        chosen = np.zeros((len(rows), most), int)
-        mask = np.zeros((len(rows), most), bool)
-        for i, row in enumerate(rows):
-            others = self.references[int(row)]
-            take = rng.permutation(others)[:most]
-            chosen[i, : len(take)], mask[i, : len(take)] = take, True
+        chosen, mask = draw_references(rng, (self.references[int(row)] for row in rows), most)
         embeddings, states = self.features.embeddings[chosen], self.clip[chosen]
         if self.photographed is not None and self.clip_photographed is not None:
             changed = self.photographed.found[chosen] & (rng.random(chosen.shape) < 0.5)

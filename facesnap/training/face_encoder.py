@@ -26,6 +26,7 @@ from transformers import (
 
 from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around, square_crop
+from facesnap.images import warp
 from facesnap.pipeline import face_pixels
 
 from . import faceviews as views
@@ -146,7 +147,7 @@ def view(
     room = max(size * scale - SIDE, 0) / 2
     target = SIDE / 2 + rng.uniform(-1, 1, 2) * (room + 0.08 * SIDE)
     matrix = views.around((size / 2, size / 2), rng.normal() * 0.3, scale, target)
-    picture = views.warp(crop, matrix, SIDE, borderMode=cv2.BORDER_REPLICATE)
+    picture = warp(crop, matrix, SIDE, borderMode=cv2.BORDER_REPLICATE)
     if rng.random() < 0.8:
         kinds = cv2.warpAffine(labels, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         picture = views.as_photograph(picture, kinds, backgrounds, rng)

@@ -16,6 +16,7 @@ import numpy as np
 
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
+from facesnap.images import warp
 from facesnap.training.data import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
 
 Rng = np.random.Generator
@@ -116,20 +117,6 @@ def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return flat.astype(np.float32)
     depth = points[:, 2:] * np.sqrt(np.linalg.det(matrix[:, :2]))
     return np.concatenate([flat, depth], axis=1).astype(np.float32)
-
-
-def warp(picture: np.ndarray, matrix: np.ndarray, size: int, **options) -> np.ndarray:
-    """`cv2.warpAffine` to a square, without aliasing where it shrinks."""
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    if scale < 0.6:
-        factor = max(1.2 * scale, 4 / min(picture.shape[:2]))
-        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        ratio = np.array([small.shape[1] / picture.shape[1], small.shape[0] / picture.shape[0]])
-        # Whole numbers are pixel centres: shrinking by r takes p to r·p + (r − 1)/2.
-        linear = matrix[:, :2] / ratio
-        matrix = np.c_[linear, matrix[:, 2] - linear @ ((ratio - 1) / 2)]
-        picture = small
-    return cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, **options)
 
 
 def around(centre, angle: float, scale: float, target) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from facesnap.images import warp
+
 # The skull with short hair: an ellipsoid in the frame of the face (x to the picture's right, y from chin to brows, z
 # out of the face), which begins at the nasion; lengths are distances from nasion to chin. Fitted to rendered heads.
 CENTRE, RADII = (0.0, 0.15, -0.8), (0.8, 1.03, 0.75)
@@ -71,7 +73,7 @@ def grab_hair(image: np.ndarray, landmarks: np.ndarray, hull: np.ndarray) -> np.
     matrix = np.array([[scale, 0, -scale * (x - border)], [0, scale, -scale * (y - border)]])
     size = (round(scale * (width + 2 * border)), round(scale * (height + 2 * border)))
 
-    small = cv2.warpAffine(_shrunk(image, matrix), matrix, size, borderMode=cv2.BORDER_REPLICATE)
+    small = warp(image, matrix, size[::-1], borderMode=cv2.BORDER_REPLICATE)
     within = cv2.warpAffine(np.full(hull.shape, 255, np.uint8), matrix, size) > 127
     head = (cv2.warpAffine(hull, matrix, size) > 127).astype(np.uint8)
     points = flat @ matrix[:, :2].T + matrix[:, 2]
@@ -128,7 +130,7 @@ class FaceParser:
         corner = (box[:2] + box[2:]) / 2 - [side / 2, 0.55 * side]  # a little up, for the hair
         scale = PARSE_SIDE / side
         matrix = np.array([[scale, 0, -scale * corner[0]], [0, scale, -scale * corner[1]]])
-        crop = cv2.warpAffine(_shrunk(image, matrix), matrix, (PARSE_SIDE, PARSE_SIDE), borderMode=cv2.BORDER_REPLICATE)
+        crop = warp(image, matrix, PARSE_SIDE, borderMode=cv2.BORDER_REPLICATE)
         inputs: Any = self.processor(images=crop, return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
             logits = self.model(**inputs).logits
@@ -154,9 +156,3 @@ def _with(mask: np.ndarray, face: np.ndarray) -> np.ndarray:
     count, parts = cv2.connectedComponents(mask)
     votes = np.bincount(parts[face & (mask > 0)], minlength=count)
     return (parts == votes.argmax()).astype(np.uint8) if votes.sum() else np.zeros_like(mask)
-
-
-def _shrunk(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The picture smoothed as its shrinking by an affine matrix asks for: warpAffine itself does not."""
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    return image if scale > 0.6 else cv2.GaussianBlur(image, (0, 0), 0.4 / scale)

@@ -32,6 +32,7 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from facesnap.faces import CROP_SIZE, align
+from facesnap.images import warp
 from facesnap.landmarks import NUM, draw
 
 Batch = dict[str, Any]
@@ -221,8 +222,8 @@ class PhotoShards(IterableDataset):
         else:
             references = [same_picture(target, self._rng(item.epoch, item.key, 3))]
         return {
-            "pixels": warp(target.picture, matrix, item.size, PADDING).transpose(2, 0, 1),
-            "mask": warp(target.mask, matrix, item.size, (0,))[None],
+            "pixels": placed(target.picture, matrix, item.size, PADDING).transpose(2, 0, 1),
+            "mask": placed(target.mask, matrix, item.size, (0,))[None],
             "control": drawing.transpose(2, 0, 1),
             "landmarks": landmarks,
             "keypoints": keypoints,
@@ -299,13 +300,10 @@ def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
 
 
-def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], padding: tuple[int, ...]) -> np.ndarray:
-    """A uint8 picture or mask under a matrix (2, 3), smoothed first where it shrinks; `padding` where it ends."""
-    scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
-    if scale < 0.6:
-        image = cv2.GaussianBlur(image, (0, 0), 0.4 / scale)
-    way = cv2.INTER_CUBIC if scale > 1 and image.ndim == 3 else cv2.INTER_LINEAR
-    return cv2.warpAffine(image, matrix, size[::-1], flags=way, borderMode=cv2.BORDER_CONSTANT, borderValue=padding)
+def placed(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], padding: tuple[int, ...]) -> np.ndarray:
+    """A uint8 picture or mask under a matrix (2, 3) in a bucket (height, width); `padding` where it ends."""
+    way = cv2.INTER_CUBIC if np.linalg.det(matrix[:, :2]) > 1 and image.ndim == 3 else cv2.INTER_LINEAR
+    return warp(image, matrix, size, flags=way, borderMode=cv2.BORDER_CONSTANT, borderValue=padding)
 
 
 def time_ids(original: Sequence[int], matrix: np.ndarray, scale: float, size: tuple[int, int]) -> np.ndarray:
@@ -332,10 +330,7 @@ def same_picture(target: "_Picture", rng: np.random.Generator) -> Reference:
     centre = np.array([x0, y0]) + side / 2 + side * rng.uniform(-0.08, 0.08, 2)
     turn = CROP_SIZE / size * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = np.column_stack([turn, CROP_SIZE / 2 - 0.5 - turn @ (centre - 0.5)])
-    smooth = (
-        cv2.GaussianBlur(target.picture, (0, 0), 0.4 * size / CROP_SIZE) if size > CROP_SIZE / 0.6 else target.picture
-    )
-    crop = cv2.warpAffine(smooth, matrix, (CROP_SIZE, CROP_SIZE), borderMode=cv2.BORDER_REPLICATE)
+    crop = warp(target.picture, matrix, CROP_SIZE, borderMode=cv2.BORDER_REPLICATE)
     face = align(target.picture, target.arrays["keypoints"])
     return target.arrays["embeddings"][1], recoloured(crop, rng), face
 

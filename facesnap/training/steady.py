@@ -22,7 +22,7 @@ from facesnap.mixer import FacialAttributeMixer
 from facesnap.pipeline import face_pixels
 
 from . import faceviews as views
-from .data import People
+from .data import People, draw_references
 from .face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
 from .trainer import Batch, Stage
 
@@ -81,10 +81,8 @@ class SteadyStage(Stage):
         """As many people as make `batch_size` references, of 1 to 4 pictures each, out of `groups` of rows."""
         most = int(rng.choice([1, 2, 3, 4], p=[0.7, 0.15, 0.1, 0.05]))
         count = min(max(1, self.batch_size // most), len(groups))
-        chosen, mask = np.zeros((count, most), int), np.zeros((count, most), bool)
-        for i, group in enumerate(rng.choice(len(groups), count, replace=False)):
-            take = rng.permutation(groups[group])[:most]
-            chosen[i, : len(take)], mask[i, : len(take)] = take, True
+        people = rng.choice(len(groups), count, replace=False)
+        chosen, mask = draw_references(rng, (groups[person] for person in people), most)
         flat = chosen.ravel()
         render, photo = [], []
         for row in flat:
@@ -119,11 +117,12 @@ class SteadyStage(Stage):
         # own embedding, and which of the rich caption's words they name. The mixer: what it makes of them beside
         # whatever embedding it is told. A face encoder that learned from a recogniser would make the paper's Table 2
         # meaningless.
+        summed = summary(photo[mask])
         seen = mixer(batch["right"], photo, mask)
         told = self.mixer(batch["told"], photo.detach(), mask)
         logs = {
-            "states": unexplained(summary(photo[mask]), summary(render[mask])),
-            "words": misnamed(self.naming, summary(photo[mask]), batch["named"][mask]),
+            "states": unexplained(summed, summary(render[mask])),
+            "words": misnamed(self.naming, summed, batch["named"][mask]),
             "seen": unexplained(seen.tokens, wanted.tokens) + 0.2 * unexplained(seen.pooled, wanted.pooled),
             "told": unexplained(told.tokens, wanted.tokens) + 0.2 * unexplained(told.pooled, wanted.pooled),
         }

@@ -648,3 +648,14 @@ def test_the_mini_comes_back_from_a_folder_pack_and_head_included(mini, tmp_path
 def test_the_mini_refuses_a_picture_without_a_face(mini):
     with pytest.raises(InputError, match="The reference photo: No face was found"):
         mini.preview(np.full((256, 256, 3), 127, np.uint8))
+
+
+def test_the_face_encoder_is_shown_as_much_colour_as_the_checkpoint_says(pipe, monkeypatch):
+    face = pipe.analyse(ALICE)
+    gray = replace(face, crop=np.repeat(np.round(face.crop @ [0.299, 0.587, 0.114])[..., None], 3, -1).astype(np.uint8))
+    states = {}
+    for saturation in (1.0, 0.5, 0.0):
+        monkeypatch.setattr(pipe, "settings", replace(pipe.settings, saturation=saturation))
+        states[saturation] = [pipe.encode_faces([one])[1] for one in (face, gray)]
+    apart = [float((coloured - pale).abs().max()) for coloured, pale in states.values()]
+    assert apart[0] > apart[1] > apart[2] and apart[2] < 0.05 * apart[0]

@@ -4,6 +4,7 @@ Without it the mixer's second half would be told nothing, and Table 2 of the pap
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> dict:
     analyser, work = FaceAnalyser(model / "face_pack"), out.with_suffix(".work")
     encoder = CLIPVisionModel.from_pretrained(model / "face_encoder", dtype=torch.float32)
     encoder = encoder.to(arguments.device).eval()
+    saturation = json.loads((model / "facesnap.json").read_text(encoding="utf-8")).get("saturation", 1.0)
     features, labels, tested = [], [], []
     for n, seed in enumerate(tqdm(order[: arguments.people].tolist(), desc="people", unit="person")):
         person = sample_person(seed)
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict:
                 face = analyser.analyse(open_image(path))
             except InputError:
                 continue
-            pixels = face_pixels(face.crop[None], encoder.config.image_size).to(arguments.device)
+            pixels = face_pixels(face.crop[None], encoder.config.image_size, saturation).to(arguments.device)
             with torch.no_grad():
                 hidden = encoder(pixels, output_hidden_states=True).hidden_states[-2]
             features.append(hidden.flatten().cpu().double().numpy())

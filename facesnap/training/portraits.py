@@ -252,7 +252,7 @@ class PortraitStage(Stage):
         gone = batch["drop_text"]
         with torch.no_grad():
             crops, mask = batch["crops"], batch["reference_mask"]
-            pixels = face_pixels(crops[mask], self.pipe.face_encoder.config.image_size)
+            pixels = face_pixels(crops[mask], self.pipe.face_encoder.config.image_size, self.pipe.settings.saturation)
             features = self.pipe.face_encoder(pixels.to(self.pipe.face_encoder.dtype), output_hidden_states=True)
             states = features.hidden_states[-2].float()
             clip = states.new_zeros(*mask.shape, *states.shape[1:])

@@ -14,7 +14,7 @@ processor time, which other programs disturb least.
     InstantID's form      a ControlNet that reads the prompt's pooled text, so it runs on both halves of guidance, and
                           decoupled (IP-Adapter) attention to 16 face tokens in the UNet; its small resampler left out
     the paper's form      FFRNet without text, but run on both halves
-    FaceSnap, best, fast  ours: residuals shared by the halves; the presets of facesnap/speed.py
+    FaceSnap, best, fast  ours: FFRNet in the conditional half only; the presets of facesnap/speed.py
 
 Peak memory is of the GPU, the weights of all parts of FaceSnap included, in every row.
 The VAE decodes in the dtype of everything else: at float16 that stands for the VAE that was fixed for it.

@@ -1,4 +1,4 @@
-"""FFRNet on a bare UNet: zero at the start, one pass for both halves of guidance, gone after the block."""
+"""FFRNet on a bare UNet: zero at the start, in the conditional half of guidance only, gone after the block."""
 
 import pytest
 import torch
@@ -73,16 +73,30 @@ def test_tokens_and_landmarks_change_the_output(unet, ffrnet):
         assert not torch.equal(base, run(unet, ffrnet, call(), **other)), name
 
 
-def test_shared_residuals_equal_those_of_both_halves(unet, ffrnet, monkeypatch):
+def test_guidance_leaves_ffrnet_out_of_the_unconditional_half(unet, ffrnet, monkeypatch):
     passes = []
     ffrnet.register_forward_pre_hook(lambda m, args: passes.append(len(args[0])))
-    shared = run(unet, ffrnet, call(2, halves=2), guidance=True, **face(2))
+    args, kwargs = call(2, halves=2)
+    plain, told = run(unet, ffrnet, (args, kwargs), guidance=True, **face(2)).chunk(2)
     assert passes == [2]
-    doubled = {name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in face(2).items()}
-    both = run(unet, ffrnet, call(2, halves=2), guidance=False, **doubled)
-    assert passes == [2, 4]
     ffrnet._forward_pre_hooks.clear()
-    torch.testing.assert_close(shared, both, rtol=1e-5, atol=1e-6)
+
+    def half(rows):
+        added = {name: x[rows] for name, x in kwargs["added_cond_kwargs"].items()}
+        text = kwargs["encoder_hidden_states"][rows]
+        return (args[0][rows], args[1]), {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+    torch.testing.assert_close(plain, bare(unet, half(slice(0, 2))), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(told, run(unet, ffrnet, half(slice(2, 4)), **face(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_of_one_is_the_conditional_prediction(unet, ffrnet):
+    plain, told = run(unet, ffrnet, call(halves=2), guidance=True, **face()).chunk(2)
+    args, kwargs = call(halves=2)
+    added = {name: x[1:] for name, x in kwargs["added_cond_kwargs"].items()}
+    single = {"encoder_hidden_states": kwargs["encoder_hidden_states"][1:], "added_cond_kwargs": added}
+    alone = run(unet, ffrnet, ((args[0][1:], args[1]), single), **face())
+    torch.testing.assert_close(plain + 1.0 * (told - plain), alone, rtol=1e-5, atol=1e-6)
 
 
 def test_guidance_is_asked_at_every_call(unet, ffrnet):

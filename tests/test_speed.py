@@ -70,8 +70,8 @@ def by_hand(unet, ffrnet, arguments, conditions):
         sample[1:], timestep, conditions["tokens"], conditions["control"], added_cond_kwargs=added, return_dict=False
     )
     residuals = {
-        "down_block_additional_residuals": [d.repeat(2, 1, 1, 1) for d in down],
-        "mid_block_additional_residual": mid.repeat(2, 1, 1, 1),
+        "down_block_additional_residuals": [torch.cat([torch.zeros_like(d), d]) for d in down],
+        "mid_block_additional_residual": torch.cat([torch.zeros_like(mid), mid]),
     }
     return unet(sample, timestep, **kwargs, **residuals, return_dict=False)[0]
 

@@ -198,16 +198,19 @@ class DiffusionStage(Stage):
                 "phi": directions,
                 "bare": torch.from_numpy(~self.covered[rows]),
             }
-        return known | {
-            "latents": torch.from_numpy(self.latents[rows]).float(),
-            "mask": torch.from_numpy(self.masks[rows]).float(),
-            "ids": ids,
-            "embeddings": torch.from_numpy(embeddings),
-            "clip": torch.from_numpy(states),
-            "reference_mask": torch.from_numpy(mask),
-            "control": control,
-            "ffrnet": torch.from_numpy(~rich),
-        }
+        return (
+            known
+            | {
+                "latents": torch.from_numpy(self.latents[rows]).float(),
+                "mask": torch.from_numpy(self.masks[rows]).float(),
+                "ids": ids,
+                "embeddings": torch.from_numpy(embeddings),
+                "clip": torch.from_numpy(states),
+                "reference_mask": torch.from_numpy(mask),
+                "control": control,
+            }
+            | ({"ffrnet": torch.from_numpy(~rich)} if self.without_ffrnet else {})
+        )
 
     def points(self, row: int, fitted: bool = False) -> np.ndarray:
         """The 72 landmarks (72, 2), exact or as the predictor gives them, in pixels of the control picture."""
@@ -257,7 +260,7 @@ class DiffusionStage(Stage):
                     noisy, timesteps, tokens, batch["control"].float() if embedded else _pixels(batch["control"]),
                     added_cond_kwargs={"text_embeds": pooled_face, "time_ids": time_ids}, return_dict=False,
                 )  # fmt: skip
-            if self.without_ffrnet:
+            if "ffrnet" in batch:
                 on = batch["ffrnet"].to(mid.dtype)[:, None, None, None]
                 down, mid = [d * on for d in down], mid * on
             return self.parts.unet(
@@ -321,12 +324,12 @@ class DiffusionStage(Stage):
             "clip": torch.from_numpy(self.clip[references]).float(),  # autocast cannot join halves
             "reference_mask": torch.ones(len(rows), 1, dtype=torch.bool),
             "control": torch.stack([self.drawing(row) for row in rows]),
-            "ffrnet": torch.ones(len(rows), dtype=torch.bool),
         }
         device = next(self.parts.unet.parameters()).device
         batch = {key: value.to(device) for key, value in batch.items()}
         text, pooled, tokens, pooled_face = self.conditions(batch)
         both = {key: torch.cat([value, value]) for key, value in batch.items()}
+        both["ffrnet"] = torch.arange(2 * len(rows), device=device) >= len(rows)  # in the conditional half, as in use
         conditions = (
             torch.cat([text * 0, text]), torch.cat([pooled * 0, pooled]),
             torch.cat([tokens, tokens]), torch.cat([pooled_face, pooled_face]),

@@ -501,7 +501,7 @@ def assemble(run: Run, minutes: float) -> None:
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,
         settings=Settings(
-            name="FaceSnap mini", size=SIZE, steps=8, guidance=1.15,  # more of it costs likeness
+            name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0,
             saturation=0.6,  # chosen on seven photographs; of renders it changes next to nothing
             about={
                 "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",

@@ -30,7 +30,7 @@ import numpy as np
 from gradio_client.utils import is_http_url_like
 from PIL import Image
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 from facesnap.pipeline import MAX_REFERENCES, SCHEDULERS
 from facesnap.speed import PRESETS
 from facesnap.templates import TEMPLATES

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "InputError": "images",
+    "InputError": "errors",
     "FaceSnapPipeline": "pipeline",
     "FacialAttributeMixer": "mixer",
     "FFRNet": "ffrnet",
@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .faces import Face, FaceAnalyser
-    from .ffrnet import FFRNet
-    from .heads import Head, LinearHeadModel
-    from .images import InputError
-    from .mixer import FacialAttributeMixer
-    from .pipeline import FaceSnapPipeline
-    from .predictor import LandmarkPredictor
+    from facesnap.errors import InputError
+    from facesnap.faces import Face, FaceAnalyser
+    from facesnap.ffrnet import FFRNet
+    from facesnap.heads import Head, LinearHeadModel
+    from facesnap.mixer import FacialAttributeMixer
+    from facesnap.pipeline import FaceSnapPipeline
+    from facesnap.predictor import LandmarkPredictor
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,6 @@ The weights lie on a base model: any SDXL in diffusers' folders, on the Hub or i
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import hashlib
 import os
@@ -35,25 +34,24 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from insightface.utils.storage import download as insightface_download
 from transformers import CLIPVisionModel
 
-from . import checks
-from .faces import FaceAnalyser, Recogniser, _pack_folder
-from .ffrnet import VARIANTS, FFRNet, Variant
-from .heads import from_pretrained as read_head
-from .heads import gnm
-from .images import InputError
-from .instantid import FaceAdapter, InstantIDPipeline
-from .memory import check_mode, default_device
-from .mixer import VARIANTS as MIXERS
-from .mixer import FacialAttributeMixer
-from .mixer import Variant as MixerVariant
-from .pipeline import (
+from facesnap import checks
+from facesnap.errors import InputError, did_you_mean, reading
+from facesnap.faces import FaceAnalyser, Recogniser, _pack_folder
+from facesnap.ffrnet import VARIANTS, FFRNet, Variant
+from facesnap.heads import from_pretrained as read_head
+from facesnap.heads import gnm
+from facesnap.instantid import FaceAdapter, InstantIDPipeline
+from facesnap.memory import check_mode, default_device
+from facesnap.mixer import VARIANTS as MIXERS
+from facesnap.mixer import FacialAttributeMixer
+from facesnap.mixer import Variant as MixerVariant
+from facesnap.pipeline import (
     BASE_PARTS,
     SCORER_NAME,
     SETTINGS_NAME,
     FaceSnapPipeline,
     Settings,
     _read_settings,
-    _reading,
 )
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
@@ -358,8 +356,7 @@ def _kind(name: str | Path, settings: Settings) -> str:
 
 def _unknown(name: str | Path) -> InputError:
     names = ["mini", "instantid", *(place.name for place in MINI.parent.glob("*") if (place / SETTINGS_NAME).is_file())]
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else "there are mini, instantid, folders and Hub ids owner/name."
+    hint = did_you_mean(name, names, "there are mini, instantid, folders and Hub ids owner/name.")
     return InputError(f"There is no model '{name}'; {hint}")
 
 
@@ -593,7 +590,7 @@ def _load_base(wanted: Plan, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     place = wanted.place(part)
     if place.is_file():
         _check_single_file(place)
-        with _reading(wanted.name, f"base model {place.name}"):
+        with reading(f"The base model {place.name} of the checkpoint '{wanted.name}'"):
             return StableDiffusionXLPipeline.from_single_file(
                 str(place), config=str(wanted.place("base_configs")), torch_dtype=dtype, local_files_only=True
             )
@@ -609,7 +606,7 @@ def _load_base(wanted: Plan, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if problems:
         raise InputError(f"'{wanted.name}' cannot be loaded: {' '.join(problems)}")
     variant = "fp16" if any(place.glob("unet/*.fp16.*")) else None
-    with _reading(wanted.name, "base model"):
+    with reading(f"The base model of the checkpoint '{wanted.name}'"):
         return StableDiffusionXLPipeline.from_pretrained(
             place, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
@@ -634,18 +631,18 @@ def _load_parts(wanted: Plan, stock: Any, dtype: torch.dtype, providers: tuple[s
     if wanted.is_public_instantid:
         place = wanted.place("weights")
         given["mixer"] = FaceAdapter.from_instantid(place / "ip-adapter.bin", stock.unet).to(dtype)
-        with _reading(wanted.name, "ControlNetModel"):
+        with reading(f"The ControlNetModel of the checkpoint '{wanted.name}'"):
             controlnet = ControlNetModel.from_pretrained(place / "ControlNetModel", torch_dtype=dtype)
         given["ffrnet"] = controlnet.eval()
     if "face_encoder" in wanted.places | wanted.sources:
-        with _reading(wanted.name, "face encoder"):
+        with reading(f"The face encoder of the checkpoint '{wanted.name}'"):
             encoder = CLIPVisionModel.from_pretrained(wanted.place("face_encoder"), torch_dtype=dtype)
         given["face_encoder"] = encoder.eval()
     if "face_pack" in wanted.places | wanted.sources:
         pack = _pack_folder(wanted.place("face_pack"))
         given["face_analyser"] = FaceAnalyser.from_pretrained(pack, providers=providers)
     if "head" in wanted.places:
-        with _reading(wanted.name, "head model"):
+        with reading(f"The head model of the checkpoint '{wanted.name}'"):
             given["head_model"] = read_head(wanted.place("head"))
     elif "head" in wanted.sources:
         landmarks = wanted.place("head_landmarks") / Path(HEAD_LANDMARKS.files[0].path).name
@@ -782,8 +779,7 @@ def _start_plan(
         sources["ffrnet"] = replace(INSTANTID, files=files)
     elif ffrnet is not None and str(ffrnet) != "unet":
         if not Path(ffrnet).is_dir():
-            nearest = difflib.get_close_matches(str(ffrnet), ("unet", "instantid"), n=1)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else "give unet, instantid or the folder of one."
+            hint = did_you_mean(ffrnet, ("unet", "instantid"), "give unet, instantid or the folder of one.")
             raise InputError(f"There is no FFRNet '{ffrnet}'; {hint}")
         places["ffrnet"] = Path(ffrnet)
     name = chosen if lender is None else lender.name
@@ -815,7 +811,7 @@ def _first_ffrnet(wanted: Plan, stock: Any, ffrnet: str | Path) -> tuple[FFRNet,
     if "ffrnet" not in wanted.places | wanted.sources:
         return FFRNet.from_unet(stock.unet, vae_scale_factor=stock.vae_scale_factor), *FROM_UNET
     place = _ffrnet_place(wanted)
-    with _reading(wanted.name, f"FFRNet {place.name}"):
+    with reading(f"The FFRNet {place.name} of the checkpoint '{wanted.name}'"):
         made, report = FFRNet.from_pretrained(place, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} tensors are missing")

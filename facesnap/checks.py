@@ -18,13 +18,13 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
-from .faces import FaceAnalyser, Recogniser
-from .ffrnet import FFRNet
-from .heads import from_pretrained as read_head
-from .images import InputError
-from .instantid import FaceAdapter
-from .mixer import FacialAttributeMixer
-from .pipeline import BASE_PARTS, FOLDERS, SCORER_NAME, _read_settings
+from facesnap.errors import InputError
+from facesnap.faces import FaceAnalyser, Recogniser
+from facesnap.ffrnet import FFRNet
+from facesnap.heads import from_pretrained as read_head
+from facesnap.instantid import FaceAdapter
+from facesnap.mixer import FacialAttributeMixer
+from facesnap.pipeline import BASE_PARTS, FOLDERS, SCORER_NAME, _read_settings
 
 BASE_CLASSES: dict[str, Any] = {
     "unet": UNet2DConditionModel,

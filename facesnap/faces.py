@@ -21,7 +21,7 @@ from insightface.app.common import Face as InsightFace
 from insightface.model_zoo import get_model
 from insightface.utils.face_align import norm_crop
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 SMALLEST = 32  # pixels: below this, an embedding says little about the person
 WEAKEST = 0.8  # of the best score in the picture: false alarms may be large, but they are weak

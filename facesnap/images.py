@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from facesnap.errors import InputError
+
 # What a stranger may hand us: the formats of cameras, phones and the web, and nothing that Pillow runs as a
 # program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
@@ -22,11 +24,6 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on d
 DAMAGED = "The picture is damaged or cut short: save or upload it again."
 
 TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-
-
-class InputError(ValueError):
-    """Something is wrong with what the user gave. The message is one sentence fit to be shown as it is: what
-    is wrong, with its value, and what to do; it names no path of the machine."""
 
 
 def open_image(

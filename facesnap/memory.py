@@ -12,7 +12,6 @@ floats and the tiles only. "low" cannot be left again, since the rounded weights
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import Any, Literal, get_args
 
@@ -21,7 +20,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from .images import InputError
+from facesnap.errors import InputError, did_you_mean
 
 Mode = Literal["full", "balanced", "low"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -81,9 +80,7 @@ def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
 
 def check_mode(mode: str, device: torch.device) -> Mode:
     if mode not in MODES:
-        nearest = difflib.get_close_matches(mode, MODES, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(MODES)}."
-        raise InputError(f"There is no memory mode '{mode}'; {hint}")
+        raise InputError(f"There is no memory mode '{mode}'; {did_you_mean(mode, MODES)}")
     if mode == "balanced" and device.type == "cpu":
         raise InputError(
             "Memory mode 'balanced' moves components between a GPU and the machine's memory, and there is no GPU "

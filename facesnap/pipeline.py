@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import numbers
 import os
 import re
 import secrets
@@ -47,16 +46,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
-from . import landmarks as landmarks72
-from . import memory, templates
-from .faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
-from .ffrnet import FFRNet, Variant, attach
-from .heads import Head, HeadModel
-from .heads import from_pretrained as read_head
-from .images import InputError, open_image
-from .mixer import FacialAttributeMixer, MixerOutput
-from .predictor import LandmarkPredictor
-from .speed import Preset, Speed, chosen, ending_guidance, halved_images
+from facesnap import landmarks as landmarks72
+from facesnap import memory, templates
+from facesnap.errors import InputError, check_number, reading
+from facesnap.faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
+from facesnap.ffrnet import FFRNet, Variant, attach
+from facesnap.heads import Head, HeadModel
+from facesnap.heads import from_pretrained as read_head
+from facesnap.images import open_image
+from facesnap.mixer import FacialAttributeMixer, MixerOutput
+from facesnap.predictor import LandmarkPredictor
+from facesnap.speed import Preset, Speed, chosen, ending_guidance, halved_images
 
 SETTINGS_NAME = "facesnap.json"
 SCORER_NAME = "recogniser.onnx"
@@ -249,7 +249,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         Raises:
             InputError: the folder is missing, incomplete or damaged; the message names the part.
         """
-        from . import checks  # which knows the pipelines
+        from facesnap import checks  # which knows the pipelines
 
         folder = _local_folder(model)
         settings = _read_settings(model, folder, cls.kind)
@@ -260,7 +260,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 raise _incomplete(model, name)
             if name not in kwargs and (problems := checks.lacking(name, folder / name)):
                 raise InputError(f"The checkpoint '{model}' is damaged: {problems[0]} Fetch or build it again.")
-        with _reading(model, "base model"):
+        with reading(f"The base model of the checkpoint '{model}'"):
             base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
         return cls._around(base, ours, settings)
 
@@ -424,11 +424,11 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
         size = self._size(*(size or (None, None)))
-        _check_number("expression strength", expression_strength, 0, 2)
-        _check_number("head size", head_size, 0.5, 2)
+        check_number("expression strength", expression_strength, 0, 2)
+        check_number("head size", head_size, 0.5, 2)
         turn = {"yaw": yaw, "pitch": pitch, "roll": roll}
         for name, degrees in turn.items():
-            _check_number(name, degrees, -MAX_TURN, MAX_TURN)
+            check_number(name, degrees, -MAX_TURN, MAX_TURN)
         if expression not in get_args(Expression):
             raise InputError(f"There is no expression {expression!r}; choose pose, reference or neutral.")
         variant = variant or self.settings.variant
@@ -575,21 +575,21 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             raise InputError(f"The preview is for {made} pixels, not for {width} × {height}: make one for that size.")
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
-        _check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
-        _check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
+        check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
+        check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
         for name, value in (
             ("identity", identity_scale),
             ("landmark", landmark_scale),
             ("FFRNet", ffrnet_scale),
         ):
-            _check_number(f"{name} scale", value, 0, 2)
+            check_number(f"{name} scale", value, 0, 2)
         speed = chosen(preset, ffrnet_every=ffrnet_every, ffrnet_end=ffrnet_end, guidance_end=guidance_end)
-        _check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
-        _check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
-        _check_number("end of guidance", speed.guidance_end, 0, 1)
+        check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
+        check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
+        check_number("end of guidance", speed.guidance_end, 0, 1)
         prompts = _prompts(prompt, kwargs)
         count = kwargs.get("num_images_per_prompt", 1)
-        _check_number("number of pictures for a prompt", count, 1, 64, whole=True)
+        check_number("number of pictures for a prompt", count, 1, 64, whole=True)
 
         variant = variant or self.settings.variant
         if preview is None:
@@ -602,7 +602,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         seeds: tuple[int, ...] = ()
         if kwargs.get("generator") is None:
             seed = secrets.randbelow(2**31) if seed is None else seed
-            _check_number("seed", seed, 0, 2**53, whole=True)
+            check_number("seed", seed, 0, 2**53, whole=True)
             rows = len(prompts) if prompts else len(kwargs["prompt_embeds"])
             seeds = tuple(range(seed, seed + rows * count))
             # a generator a picture, on the CPU: the same picture alone or in a batch, on any device
@@ -749,7 +749,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         sides = {"height": height, "width": width}
         for name, side in sides.items():
             side = sides[name] = self.settings.size if side is None else side
-            _check_number(name, side, factor, MAX_SIDE, whole=True)
+            check_number(name, side, factor, MAX_SIDE, whole=True)
             if side % factor:
                 below = side // factor * factor
                 nearest = f"{below} and {below + factor}"
@@ -835,12 +835,6 @@ def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
     return made
 
 
-def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    kind = numbers.Integral if whole else numbers.Real  # NumPy's scalars are such, too
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= float(value) <= high:
-        raise InputError(f"The {name} is {value}; choose a {'whole ' if whole else ''}number from {low} to {high}.")
-
-
 # ---------------------------------------------------------------------- reading a checkpoint
 
 
@@ -861,19 +855,6 @@ def _incomplete(model: str | Path, part: str) -> InputError:
     return InputError(f"The checkpoint '{model}' has no {part}; fetch or build it again.")
 
 
-@contextmanager
-def _reading(model: str | Path, part: str) -> Iterator[None]:
-    """Whatever a reader raises on a damaged file becomes one sentence that names the part."""
-    try:
-        yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise InputError(
-            f"The {part} of the checkpoint '{model}' cannot be read ({type(error).__name__}); fetch or build it again."
-        ) from error
-
-
 def _read_settings(model: str | Path, folder: Path, kind: str | None = None) -> Settings:
     """facesnap.json of a checkpoint, which must be of that kind where one is given."""
     path = folder / SETTINGS_NAME
@@ -884,7 +865,7 @@ def _read_settings(model: str | Path, folder: Path, kind: str | None = None) -> 
                 "and give it to FaceSnapPipeline.from_pipe with a FaceSnap checkpoint."
             )
         raise _incomplete(model, SETTINGS_NAME)
-    with _reading(model, SETTINGS_NAME):
+    with reading(f"The {SETTINGS_NAME} of the checkpoint '{model}'"):
         settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
     if kind not in (None, settings.kind):
         raise InputError(
@@ -928,6 +909,6 @@ def _load_our_parts(
             continue
         if not place.is_dir():
             raise _incomplete(model, place.name)
-        with _reading(model, place.name):
+        with reading(f"The {place.name} of the checkpoint '{model}'"):
             parts[name] = load(place)
     return {name: None for name in WEIGHTS} | parts

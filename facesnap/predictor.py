@@ -7,15 +7,14 @@ numbers. Only the model's reconstruction of the driver is used. What the fit cou
 landmarks is mostly the driver's own face, so it is not added back.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from facesnap.errors import InputError, did_you_mean
 from facesnap.heads import Head, HeadModel, rotation_from_euler
-from facesnap.images import InputError
 
 if TYPE_CHECKING:
     from facesnap.faces import Face
@@ -95,8 +94,7 @@ class LandmarkPredictor:
             names = self.model.expression_names
             for name, weight in expression.items():
                 if name not in names:
-                    nearest = difflib.get_close_matches(name, names, n=1)
-                    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(names) or 'none'}."
+                    hint = did_you_mean(name, names, f"it knows {', '.join(names) or 'none'}.")
                     raise InputError(f"The head model has no expression {name!r}; {hint}")
                 coefficients[names.index(name)] = weight
         elif expression is not None:

@@ -11,9 +11,9 @@ import importlib.util
 import numpy as np
 from scipy.spatial import Delaunay
 
-from .heads import Head, HeadModel
-from .images import InputError
-from .predictor import letterbox
+from facesnap.errors import InputError
+from facesnap.heads import Head, HeadModel
+from facesnap.predictor import letterbox
 
 LIGHT = np.array([-0.4, 0.5, 0.77])  # from the upper left, towards the camera; x right, y up, z to the camera
 AMBIENT = 0.25

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from .images import InputError
+from facesnap.errors import InputError
 
 Preset = Literal["best", "fast"]
 

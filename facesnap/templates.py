@@ -4,7 +4,6 @@
 """
 
 import argparse
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from facesnap import landmarks
+from facesnap.errors import InputError, did_you_mean, shown
 from facesnap.heads import Head, HeadModel, from_pretrained
-from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
 
 
@@ -55,9 +54,7 @@ def get(name: str) -> PoseTemplate:
     names = [template.name for template in TEMPLATES]
     if name in names:
         return TEMPLATES[names.index(name)]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}."
-    raise InputError(f"There is no pose template {name[:60]!r}; {hint}")
+    raise InputError(f"There is no pose template {shown(name)!r}; {did_you_mean(name, names, cutoff=0.4)}")
 
 
 def thumbnail(template: PoseTemplate, model: HeadModel, side: int = 192) -> np.ndarray:

@@ -9,7 +9,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 from facesnap.pipeline import MAX_REFERENCES, SCHEDULERS, Expression
 from facesnap.speed import PRESETS
 from facesnap.templates import TEMPLATES

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 MODEL = "Falconsai/nsfw_image_detection"
 MOST = 0.5  # of the score of UNSAFE

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 from facesnap import shaded
+from facesnap.errors import InputError
 from facesnap.faces import Face
-from facesnap.images import InputError, open_image, save_png
+from facesnap.images import open_image, save_png
 from facesnap.landmarks import from_68
-
-from .order import MAX_SEED, OWN_POSE, OWN_SCHEDULER, PHOTO_POSE, Order, Sitting
+from page.order import MAX_SEED, OWN_POSE, OWN_SCHEDULER, PHOTO_POSE, Order, Sitting
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from PIL import Image
 
 from facesnap.landmarks import draw
 from facesnap.templates import TEMPLATES
-
-from .order import OWN_POSE
-from .studio import Look, Reading
+from page.order import OWN_POSE
+from page.studio import Look, Reading
 
 HEAD = """<header class="fs-head"><h1>FaceSnap</h1>
 <p>One photo, a head pose and a sentence in; a portrait of that person out.</p></header>"""

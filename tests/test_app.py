@@ -35,7 +35,7 @@ from PIL import Image
 from served import MOST_WAITING, idle, wait_for
 
 import app
-from facesnap.images import InputError
+from facesnap.errors import InputError
 from facesnap.templates import TEMPLATES
 from page import safety
 from page.order import LIMITS, POSES, STYLES, Order, frame, styles

@@ -26,8 +26,8 @@ from tiny_batches import stream
 from tiny_instantid import write_instantid
 
 from facesnap import checkpoints, checks
+from facesnap.errors import InputError
 from facesnap.ffrnet import VARIANTS
-from facesnap.images import InputError
 from facesnap.instantid import InstantIDPipeline
 from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline

@@ -10,8 +10,8 @@ import skimage.data
 import toy_pack
 from insightface.utils.face_align import arcface_dst
 
+from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser, Recogniser, align, cosine, five_points, square_crop
-from facesnap.images import InputError
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 

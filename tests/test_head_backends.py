@@ -14,13 +14,13 @@ from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.heads import FlameHeadModel, Head, from_pretrained, gnm, ict, rotation_from_euler
 from facesnap.heads import deca as deca_module
 from facesnap.heads import flame as flame_module
 from facesnap.heads.__main__ import main as command
 from facesnap.heads.deca import DecaHeadModel
 from facesnap.heads.flame import JAW, contour_row
-from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
 
 SIZE = (300, 400)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from facesnap.images import InputError, open_image, save_png
+from facesnap.errors import InputError
+from facesnap.images import open_image, save_png
 
 RED, BLUE = (200, 30, 20), (20, 40, 210)
 

@@ -12,7 +12,7 @@ from tiny import SIZE, photo, tiny_unet
 from tiny_instantid import HEADS, TOKENS, adapter_state, tiny_instantid
 from torch.nn import functional as F
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 from facesnap.instantid import FaceAdapter, InstantIDPipeline, attach, draw_five
 from facesnap.landmarks import to_68
 from facesnap.pipeline import FaceSnapPipeline

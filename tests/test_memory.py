@@ -9,7 +9,7 @@ from tiny import photo, tiny_pipeline
 from tiny_instantid import tiny_instantid
 
 from facesnap import memory
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_low_cannot_be_left(low_pipe):
 
 @pytest.mark.parametrize(
     ("mode", "sentence"),
-    [("balanced", "there is no GPU here; use 'full' or"), ("ful", "did you mean 'full'"), ("x", "there are full, bal")],
+    [("balanced", "there is no GPU here; use 'full' or"), ("ful", "did you mean 'full'"), ("x", "choose full, bal")],
 )
 def test_refused_with_a_sentence(pipe, mode, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -17,8 +17,8 @@ from diffusers import (
 from PIL import Image
 from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
+from facesnap.errors import InputError
 from facesnap.ffrnet import attach
-from facesnap.images import InputError
 from facesnap.pipeline import BASE_PARTS, SCHEDULERS, FaceSnapPipeline
 
 ALICE, BOB = photo(1), photo(2)
@@ -281,8 +281,8 @@ def test_identity_score_is_none_where_there_is_no_face(pipe):
         ({"reference": [ALICE, faceless()]}, "Reference photo 2: No face"),
         ({"pose": faceless()}, "The pose photo: No face"),
         ({"pose": "frontal"}, "no pose template 'frontal'; did you mean 'front'"),
-        ({"pose": "sideways, somehow"}, "'sideways, somehow'; there are front-close,"),
-        ({"pose": "x" * 5000}, f"There is no pose template '{60 * 'x'}'"),
+        ({"pose": "sideways, somehow"}, "'sideways, somehow'; choose front-close,"),
+        ({"pose": "x" * 5000}, f"There is no pose template '{60 * 'x'}…'"),
         ({"pose": "pose.jpg"}, "The picture 'pose.jpg' cannot be read: give an existing image file"),
         ({"pose": np.full((72, 2), np.nan, np.float32)}, "not numbers"),
     ],

@@ -8,8 +8,8 @@ import pytest
 from simulated_heads import expression_offsets, model, people
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.heads import Head, rotation_from_euler
-from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor, letterbox
 
 SIZE = (600, 600)

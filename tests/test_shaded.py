@@ -8,8 +8,8 @@ from PIL import Image
 from tiny import SIZE, photo
 
 from facesnap import shaded, templates
+from facesnap.errors import InputError
 from facesnap.heads import LinearHeadModel
-from facesnap.images import InputError
 from facesnap.predictor import letterbox
 from page import views
 from page.order import Sitting

@@ -12,10 +12,10 @@ from test_evaluation import ledger_of
 from test_ffrnet import call, face
 from tiny import photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
+from facesnap.errors import InputError
 from facesnap.evaluation import speed
 from facesnap.evaluation.__main__ import parse
 from facesnap.ffrnet import attach
-from facesnap.images import InputError
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.speed import PRESETS, Speed, chosen
 

@@ -9,7 +9,7 @@ from PIL import Image
 from simulated_heads import model
 
 from facesnap import templates
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_every_template_fits_into_any_frame(heads, size):
 def test_unknown_template_names_the_nearest():
     with pytest.raises(InputError, match="no pose template 'quater-left'; did you mean 'quarter-left'?"):
         templates.get("quater-left")
-    with pytest.raises(InputError, match="there are front-close, front, "):
+    with pytest.raises(InputError, match="choose front-close, front, "):
         templates.get("§")
 
 

@@ -18,10 +18,10 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from facesnap.errors import InputError
 from facesnap.faces import Face
 from facesnap.ffrnet import FFRNet
 from facesnap.heads import Head, LinearHeadModel, rotation_from_euler
-from facesnap.images import InputError
 from facesnap.landmarks import to_68
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.pipeline import FaceSnapPipeline, Settings

@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import from_pretrained
-from facesnap.images import InputError
 
 PROMPT = "a photo of a person, wearing a gray shirt, a blue studio background, soft light"
 

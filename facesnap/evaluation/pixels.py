@@ -14,11 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.evaluation.protocol import rendered
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import Head, HeadModel, from_pretrained, rotation_from_euler
-from facesnap.images import InputError, open_image
+from facesnap.images import open_image
 from facesnap.predictor import LandmarkPredictor
 from facesnap.synthetic.people import Picture, sample_person, sample_picture
 

@@ -12,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.evaluation.protocol import Request, Witness, rendered
 from facesnap.evaluation.report import Ledger
-from facesnap.images import InputError, open_image
+from facesnap.images import open_image
 from facesnap.pipeline import FaceSnapPipeline
 
 RENDERS = 2  # of each person of the gallery beside the reference, drawn as the world draws them

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 
+from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.faces import FaceAnalyser
-from facesnap.images import InputError, open_image
+from facesnap.images import open_image
 from facesnap.pipeline import face_pixels
 from facesnap.synthetic.people import EVALUATION_PEOPLE, sample_person, sample_picture
 

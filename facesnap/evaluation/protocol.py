@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.evaluation.scorer import AttributeScorer, visible
 from facesnap.faces import FaceAnalyser, Recogniser
-from facesnap.images import InputError, open_image
+from facesnap.images import open_image
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.synthetic import head as heads
 from facesnap.synthetic.captions import LIGHT_WORDS, STYLE_WORDS, scene_words

@@ -11,10 +11,10 @@
 import json
 from pathlib import Path
 
+from facesnap.errors import InputError
 from facesnap.heads.flame import FlameHeadModel
 from facesnap.heads.linear import LinearHeadModel
 from facesnap.heads.model import CONFIG_NAME, Head, HeadModel, euler_from_rotation, rotation_from_euler
-from facesnap.images import InputError
 
 __all__ = [
     "FlameHeadModel",

@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from facesnap.errors import InputError
 from facesnap.heads import HeadModel, from_pretrained
-from facesnap.images import InputError
 
 TERMS = {
     "gnm": "GNM Head is Apache-2.0.",

@@ -19,10 +19,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from facesnap.errors import InputError
 from facesnap.heads.flame import NUM_EXPRESSION, NUM_SHAPE, FlameHeadModel
 from facesnap.heads.model import Head
 from facesnap.heads.unpickle import load_torch
-from facesnap.images import InputError
 
 if TYPE_CHECKING:
     from facesnap.faces import Face

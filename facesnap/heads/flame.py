@@ -24,9 +24,9 @@ from safetensors.numpy import load_file, save_file
 from scipy.spatial.transform import Rotation
 
 from facesnap import landmarks
+from facesnap.errors import InputError
 from facesnap.heads.model import CONFIG_NAME, WEIGHTS_NAME, Head, HeadModel, check_frame
 from facesnap.heads.unpickle import array, load_npy, load_pickle
-from facesnap.images import InputError
 
 ROOT, NECK, JAW, LEFT_EYE, RIGHT_EYE = range(5)
 NUM_SHAPE, NUM_EXPRESSION = 100, 50  # as many as DECA knows, of FLAME's 300 and 100

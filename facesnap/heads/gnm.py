@@ -14,9 +14,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+from facesnap.errors import InputError
 from facesnap.heads.linear import LinearHeadModel
 from facesnap.heads.model import check_frame
-from facesnap.images import InputError
 
 _KEYS = ("template_vertex_positions", "vertex_identity_basis", "expression_basis", "expression_names")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from facesnap.errors import InputError
 from facesnap.heads.linear import LinearHeadModel
 from facesnap.heads.model import check_frame
-from facesnap.images import InputError
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"
 LEFT_JAW = (1278, 1272, 12, 1834, 243, 781, 2199, 1447)  # the picture's left; points 0–7

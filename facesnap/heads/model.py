@@ -40,7 +40,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import nnls
 
 from facesnap import landmarks
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 if TYPE_CHECKING:
     from facesnap.faces import Face

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import scipy.sparse
 
-from facesnap.images import InputError
+from facesnap.errors import InputError
 
 
 class Record:

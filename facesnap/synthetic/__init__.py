@@ -3,7 +3,7 @@
 python -m facesnap.synthetic --out DIR --people N --per-person K --size 256 --seed S
 """
 
-from .captions import captions
-from .people import EVALUATION_PEOPLE, VERSION, Person, Picture, sample_person, sample_picture
+from facesnap.synthetic.captions import captions
+from facesnap.synthetic.people import EVALUATION_PEOPLE, VERSION, Person, Picture, sample_person, sample_picture
 
 __all__ = ["EVALUATION_PEOPLE", "VERSION", "Person", "Picture", "captions", "sample_person", "sample_picture"]

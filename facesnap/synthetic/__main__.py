@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .people import EVALUATION_PEOPLE, VERSION
-from .shards import PEOPLE_PER_SHARD, write_shard
+from facesnap.synthetic.people import EVALUATION_PEOPLE, VERSION
+from facesnap.synthetic.shards import PEOPLE_PER_SHARD, write_shard
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ background, light, style, and sometimes the expression), `rich` also describes t
 
 import numpy as np
 
-from .people import Picture
+from facesnap.synthetic.people import Picture
 
 STYLE_WORDS = {
     "photo": ("a photo of", "a portrait photo of", "a photograph of", "a studio photo of"),

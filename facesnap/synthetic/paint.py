@@ -5,7 +5,7 @@ Kernels write linear RGB into `c` (3,) at canonical face coordinates (head frame
 
 import math
 
-from .head import (
+from facesnap.synthetic.head import (
     beard_density,
     brow_line,
     bump,

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import paint
-from .head import (
+from facesnap.synthetic import paint
+from facesnap.synthetic.head import (
     PIVOT,
     bun_mesh,
     curtain_mesh,
@@ -27,8 +27,8 @@ from .head import (
     smoothstep,
     visor_mesh,
 )
-from .people import Picture
-from .styles import apply_style
+from facesnap.synthetic.people import Picture
+from facesnap.synthetic.styles import apply_style
 
 HEAD, NECK, EAR, HAIR, CLOTHES, GLASSES, HAT, CURTAIN = range(1, 9)
 # labels of the mask: 0 background, 1 face skin, 2 hair, 3 neck and clothes, 4 glasses, 5 hat

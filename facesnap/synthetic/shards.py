@@ -12,9 +12,9 @@ import tarfile
 import cv2
 import numpy as np
 
-from .captions import captions
-from .people import VERSION, Picture, sample_person, sample_picture
-from .render import Rendered, render
+from facesnap.synthetic.captions import captions
+from facesnap.synthetic.people import VERSION, Picture, sample_person, sample_picture
+from facesnap.synthetic.render import Rendered, render
 
 PEOPLE_PER_SHARD = 50
 

@@ -24,11 +24,10 @@ from facesnap.faces import align, five_points
 from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import draw, to_68
 from facesnap.mixer import FacialAttributeMixer
-
-from .data import People, draw_references
-from .features import Features, head_masks
-from .identity import IdentityConfig, IdentityLoss
-from .losses import (
+from facesnap.training.data import People, draw_references
+from facesnap.training.features import Features, head_masks
+from facesnap.training.identity import IdentityConfig, IdentityLoss
+from facesnap.training.losses import (
     add_noise,
     capped_snr_weight,
     diffusion_target,
@@ -36,8 +35,8 @@ from .losses import (
     masked_diffusion_loss,
     stratified_timesteps,
 )
-from .text import encode_text, token_ids
-from .trainer import Batch, Stage
+from facesnap.training.text import encode_text, token_ids
+from facesnap.training.trainer import Batch, Stage
 
 WIDTHS = (96, 128, 144)
 CONTROL_WIDTHS = (4, 8, 24, 64, 96)  # of the control picture's embedding: thin where the picture is large

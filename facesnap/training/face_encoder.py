@@ -28,11 +28,10 @@ from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around, square_crop
 from facesnap.images import warp
 from facesnap.pipeline import face_pixels
-
-from . import faceviews as views
-from .data import People
-from .text import token_ids
-from .trainer import Batch, Stage
+from facesnap.training import faceviews as views
+from facesnap.training.data import People
+from facesnap.training.text import token_ids
+from facesnap.training.trainer import Batch, Stage
 
 SIDE = 112  # of the encoder's picture
 

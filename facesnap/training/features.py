@@ -18,18 +18,17 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import LinearHeadModel, from_pretrained
 from facesnap.heads.regressor import ShapeRegressor
-from facesnap.images import InputError
 from facesnap.predictor import LandmarkPredictor
 from facesnap.synthetic.head import landmarks
 from facesnap.synthetic.people import EXPRESSION, sample_person, sample_picture
 from facesnap.synthetic.render import CAMERA
-
-from .data import HAIR, SKIN, People, load_people
-from .faceviews import Backgrounds, as_photograph
-from .vae import to_tensor
+from facesnap.training.data import HAIR, SKIN, People, load_people
+from facesnap.training.faceviews import Backgrounds, as_photograph
+from facesnap.training.vae import to_tensor
 
 PART = 250  # pictures that a process looks at before it tells what it found
 

@@ -27,7 +27,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .losses import predicted_latents
+from facesnap.training.losses import predicted_latents
 
 FACE = 112  # side of a recogniser's crop, pixels
 Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents (B, C, h, w), timesteps (B,) → the model's prediction
@@ -97,7 +97,7 @@ class IResNet(nn.Module):
 def load_recogniser(path: str | Path) -> nn.Module:
     """φ from an ONNX file, or from the safetensors that `facenets` writes beside the mini's."""
     if Path(path).suffix == ".safetensors":
-        from .facenets import load_recogniser as load
+        from facesnap.training.facenets import load_recogniser as load
 
         return load(Path(path))
     return IResNet.from_onnx(path)

@@ -59,16 +59,24 @@ from facesnap.faces import FaceAnalyser, Recogniser, five_points
 from facesnap.ffrnet import FFRNet
 from facesnap.heads import LinearHeadModel
 from facesnap.mixer import FacialAttributeMixer
-
-from . import face_encoder as clip
-from . import features as feats
-from .data import load_people
-from .diffusion import CONTROL_WIDTHS, PREDICTION, Parts, SheetStage, make_mixer, make_scheduler, make_unet, phi_of
-from .faceviews import load as load_faces
-from .identity import IdentityConfig, IdentityLoss, load_recogniser
-from .steady import SteadyStage, embeddings_of
-from .text import make_text_encoders, train_tokenizer
-from .trainer import Stage, Trainer, TrainerConfig, make_accelerator, write_whole
+from facesnap.training import face_encoder as clip
+from facesnap.training import features as feats
+from facesnap.training.data import load_people
+from facesnap.training.diffusion import (
+    CONTROL_WIDTHS,
+    PREDICTION,
+    Parts,
+    SheetStage,
+    make_mixer,
+    make_scheduler,
+    make_unet,
+    phi_of,
+)
+from facesnap.training.faceviews import load as load_faces
+from facesnap.training.identity import IdentityConfig, IdentityLoss, load_recogniser
+from facesnap.training.steady import SteadyStage, embeddings_of
+from facesnap.training.text import make_text_encoders, train_tokenizer
+from facesnap.training.trainer import Stage, Trainer, TrainerConfig, make_accelerator, write_whole
 
 SIZE, FACTOR = 256, 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people

@@ -24,20 +24,19 @@ from insightface.utils.face_align import arcface_dst
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from facesnap.errors import InputError
 from facesnap.evaluation.metrics import cosines, retention
 from facesnap.ffrnet import attach
-from facesnap.images import InputError
 from facesnap.pipeline import FaceSnapPipeline, face_pixels
-
-from .identity import IdentityConfig, IdentityLoss, batch_part, unscale
-from .losses import (
+from facesnap.training.identity import IdentityConfig, IdentityLoss, batch_part, unscale
+from facesnap.training.losses import (
     add_noise,
     diffusion_target,
     masked_diffusion_loss,
     min_snr_weight,
     stratified_timesteps,
 )
-from .trainer import Batch, Stage
+from facesnap.training.trainer import Batch, Stage
 
 # Of FFRNet, what reads the face or the drawing, and its outputs. The rest is the base UNet's encoder, which knows
 # pictures already: with `learn` "light" it stays as it is, and needs no gradient, optimiser or average.

@@ -38,8 +38,8 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser
-from facesnap.images import InputError
 from facesnap.training.grouping import identities_of, near_duplicates, same_people, unit
 from facesnap.training.samples import REASONS, Options, Preparer, Sample
 from facesnap.training.sources import Photo, labelled_identities, list_photos, read_table

@@ -9,9 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from facesnap.errors import InputError
 from facesnap.faces import CROP_SCALE, Face, FaceAnalyser
 from facesnap.heads import from_pretrained as read_head
-from facesnap.images import InputError, open_image
+from facesnap.images import open_image
 from facesnap.landmarks import eye_distance, from_68, mirror
 from facesnap.predictor import LandmarkPredictor
 from facesnap.training.headmask import FaceParser, grab_hair, landmark_mask

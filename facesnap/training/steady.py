@@ -20,11 +20,10 @@ from transformers import CLIPVisionModel
 from facesnap.faces import Recogniser
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.pipeline import face_pixels
-
-from . import faceviews as views
-from .data import People, draw_references
-from .face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
-from .trainer import Batch, Stage
+from facesnap.training import faceviews as views
+from facesnap.training.data import People, draw_references
+from facesnap.training.face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
+from facesnap.training.trainer import Batch, Stage
 
 CLAIMED = ("hair", "haircut", "beard")
 HELD_OUT = 50  # every so many-th person is not learned from

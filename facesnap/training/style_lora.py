@@ -23,9 +23,8 @@ from tqdm import tqdm
 from facesnap.synthetic.captions import STYLE_WORDS, captions
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import render
-
-from .diffusion import short_attention
-from .losses import (
+from facesnap.training.diffusion import short_attention
+from facesnap.training.losses import (
     add_noise,
     capped_snr_weight,
     diffusion_target,
@@ -33,7 +32,7 @@ from .losses import (
     min_snr_weight,
     stratified_timesteps,
 )
-from .trainer import Batch, Stage, Trainer, TrainerConfig
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 # attention, feed-forward and convolutions: a change of all colours is little work for attention alone
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")

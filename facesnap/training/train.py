@@ -39,15 +39,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from facesnap.errors import InputError
 from facesnap.evaluation.report import commit, fingerprint, machine
 from facesnap.ffrnet import VARIANTS
-from facesnap.images import InputError
 from facesnap.pipeline import FaceSnapPipeline
-
-from .identity import IdentityConfig, IdentityLoss, load_recogniser
-from .photos import PhotoConfig, PhotoShards, photo_loader
-from .portraits import LEARN, Cache, LossConfig, PortraitStage, Stream
-from .trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
+from facesnap.training.identity import IdentityConfig, IdentityLoss, load_recogniser
+from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
+from facesnap.training.portraits import LEARN, Cache, LossConfig, PortraitStage, Stream
+from facesnap.training.trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "insightface", "numpy")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the package each needs

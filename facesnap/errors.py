@@ -41,6 +41,7 @@ def shown(value: Any, most: int = 60) -> str:
         text = str(value)
     except Exception:  # an int of more digits than Python prints, an object that cannot say what it is
         return f"a {type(value).__name__} that cannot be shown"
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is in no answer's encoding
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from transformers import CLIPVisionModel
 
 from facesnap import landmarks as landmarks72
 from facesnap import memory, templates
-from facesnap.errors import InputError, check_number, reading
+from facesnap.errors import InputError, check_number, reading, shown
 from facesnap.faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
 from facesnap.ffrnet import FFRNet, Variant, attach
 from facesnap.heads import Head, HeadModel
@@ -407,6 +407,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         pitch: float = 0.0,
         roll: float = 0.0,
         head_size: float = 1.0,
+        expressions: Mapping[str, float] | None = None,
         variant: Variant | None = None,
     ) -> PreviewResult:
         """Where the landmarks of the portrait will be, without making it.
@@ -418,6 +419,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             size: (height, width) of the portrait; the checkpoint's by default.
             expression: whose the face shows: the pose's, that of the first reference, or none ("neutral").
             expression_strength: 0–2, weight of that expression; at 0 the face is neutral.
+            expressions: weights, each within ±1, that are added to it by the head model's own names, such as
+                {"smile": 0.5}; what a model cannot do less of than not at all stops there.
             yaw, pitch, roll: degrees by which the pose is turned further, each within ±60; yaw > 0 turns to the
                 picture's right, pitch > 0 looks down, roll > 0 tilts counter-clockwise.
             head_size: 0.5–2, times the pose's, about the middle of the face.
@@ -431,13 +434,16 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             check_number(name, degrees, -MAX_TURN, MAX_TURN)
         if expression not in get_args(Expression):
             raise InputError(f"There is no expression {expression!r}; choose pose, reference or neutral.")
+        for name, weight in (expressions or {}).items():
+            check_number(f"expression {shown(name)!r}", weight, -1, 1)
+        added = self.predictor.expression(expressions)
         variant = variant or self.settings.variant
         faces, notes = self._references(reference)
         driver_face: Face | None = None
         head: Head | None = None
 
         if _are_landmarks(pose):
-            if any(turn.values()) or head_size != 1 or expression != "pose":
+            if any(turn.values()) or head_size != 1 or expression != "pose" or added.any():
                 raise InputError("Landmarks are followed as they are; turn and resize them yourself.")
             points = np.asarray(pose, dtype=np.float32)
             if not np.isfinite(points).all():
@@ -461,8 +467,11 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             if any(turn.values()) or head_size != 1:
                 driver = self.predictor.turned(driver, **turn, head_size=head_size)
             shape = driver if variant == "driver" else heads[0]
-            head = replace(driver, identity=shape.identity, expression=expression_strength * driver.expression)
-            points = self.predictor.predict(shape, driver, size, strength=expression_strength)
+            coefficients = expression_strength * driver.expression + added
+            if self.head_model.nonnegative_expression:
+                coefficients = np.maximum(coefficients, 0)
+            head = replace(driver, identity=shape.identity, expression=coefficients)
+            points = self.predictor.predict(shape, head, size)
 
         least, height = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4), float(np.ptp(points[:, 1]))
         if height < least and head is not None and pose is None and head_size == 1:  # a size that nobody asked for

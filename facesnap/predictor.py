@@ -70,7 +70,7 @@ class LandmarkPredictor:
         middle = rotation @ (mean.min(axis=0) + mean.max(axis=0)) / 2
         return Head(
             identity=np.zeros(self.model.num_identity, dtype=np.float32),
-            expression=strength * self._expression(expression),
+            expression=strength * self.expression(expression),
             rotation=rotation,
             scale=scale,
             translation=np.array([centre[0] * width - 0.5, centre[1] * height - 0.5]) - scale * middle[:2] * [1, -1],
@@ -88,7 +88,10 @@ class LandmarkPredictor:
         moved = head.scale * (head.rotation @ middle) - scale * (rotation @ middle)
         return replace(head, rotation=rotation, scale=scale, translation=head.translation + moved[:2] * [1, -1])
 
-    def _expression(self, expression: Mapping[str, float] | np.ndarray | None) -> np.ndarray:
+    def expression(self, expression: Mapping[str, float] | np.ndarray | None) -> np.ndarray:
+        """{name: weight} of the model's expression_names, or coefficients (E,) → coefficients (E,), float32.
+
+        Raises InputError for a name that the model does not know."""
         coefficients = np.zeros(self.model.num_expression, dtype=np.float32)
         if isinstance(expression, Mapping):
             names = self.model.expression_names

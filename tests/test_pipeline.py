@@ -158,6 +158,27 @@ def test_expression_can_be_weakened(pipe):
     assert np.abs(strong - none).max() > 0.1
 
 
+def test_expressions_by_name_are_added(pipe):
+    from facesnap.landmarks import GROUPS
+
+    def mouth(**options):
+        points = pipe.preview(photo(1), "front", expression="neutral", **options).landmarks
+        return points[list(GROUPS["mouth"])]
+
+    neutral, opened = mouth(), mouth(expressions={"mouth_open": 0.6})
+    assert np.ptp(opened[:, 1]) > np.ptp(neutral[:, 1]) + 1
+    assert np.array_equal(neutral, mouth(expressions={"mouth_open": -0.6}))  # a blend shape, never below 0
+    for wrong, said in (
+        ({"smirk": 0.5}, "smile"),
+        ({"smile": 1.5}, "from -1 to 1"),
+        ({"smile": "much"}, "a number from"),
+    ):
+        with pytest.raises(InputError, match=said):
+            mouth(expressions=wrong)
+    with pytest.raises(InputError, match="followed as they are"):
+        pipe.preview(photo(1), np.zeros((72, 2)), expressions={"smile": 0.5})
+
+
 def test_expression_of_the_pose_of_the_reference_or_none(pipe):
     def mouth(**options):
         return pipe.preview(ALICE, BOB, **options).landmarks

@@ -10,6 +10,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,14 @@ class FaceAnalyser:
         """Twelve digits that tell this pack's recogniser from others: embeddings of two cannot be compared."""
         return hashlib.sha256(Path(self._models["recognition"].model_file).read_bytes()).hexdigest()[:12]
 
-    def analyse(self, image: np.ndarray) -> Face:
+    def analyse(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> Face:
         """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.
 
+        hard: is entered around the searches of a picture in which the first search, a tenth of the work, found
+        nothing: a server can let these wait for others.
+
         Raises `InputError` where no face is found, or the largest is under 32 pixels."""
-        found = self.find(image)
+        found = self.find(image, hard=hard)
         if not len(found.boxes):
             raise InputError("No face was found in the picture: use one that shows a face from the front, well lit.")
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
@@ -138,12 +142,17 @@ class FaceAnalyser:
             )
         return self.describe(image, box, float(found.scores[largest]), count=len(found.boxes), found_by=found.by)
 
-    def find(self, image: np.ndarray) -> "Found":
-        """All faces of an RGB uint8 picture (H, W, 3), of any size, Haar's as rough squares; none is no error."""
+    def find(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> "Found":
+        """All faces of an RGB uint8 picture (H, W, 3), of any size, Haar's as rough squares; none is no error.
+        `hard` as in `analyse`."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
         bgr = np.ascontiguousarray(image[..., ::-1])
-        return next((found for found in self._attempts(bgr) if len(found.boxes)), NOTHING)
+        attempts = self._attempts(bgr)
+        if len((first := next(attempts)).boxes):
+            return first
+        with hard or nullcontext():
+            return next((found for found in attempts if len(found.boxes)), NOTHING)
 
     def describe(
         self, image: np.ndarray, box: np.ndarray, score: float, *, count: int = 1, found_by: str = "detector"

@@ -2,6 +2,7 @@
 (toy_pack)."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -88,6 +89,18 @@ def test_haar_is_the_last_resort_and_the_landmarks_give_the_points(analyser):
     centre = (face.box[:2] + face.box[2:]) / 2
     assert np.linalg.norm(centre - [222, 115]) < 40  # her face
     assert np.isfinite(face.embedding).all()
+
+
+def test_only_hard_pictures_wait_for_their_long_search(analyser):
+    entered = []
+
+    @contextmanager
+    def hard():
+        entered.append(True)
+        yield
+
+    assert analyser.analyse(canvas(face=(120, 96, 8, GREEN)), hard=hard()).found_by == "detector" and not entered
+    assert analyser.analyse(canvas(face=(96, 128, 3, BLUE)), hard=hard()).found_by == "resized" and entered
 
 
 def test_no_face_is_an_error_in_words(analyser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +149,10 @@ class TinyAnalyser:
     def __init__(self, head_model: LinearHeadModel):
         self.head_model = head_model
 
-    def analyse(self, image: np.ndarray) -> Face:
+    def analyse(self, image: np.ndarray, *, hard=None) -> Face:
         if image.shape[0] >= 96 and not image.any():
+            with hard or nullcontext():
+                pass
             raise InputError("No face was found; choose a photo that shows one from the front.")
         person, number, _ = (int(v) for v in image[0, 0])
         who, which = np.random.default_rng(person), np.random.default_rng([person, number])

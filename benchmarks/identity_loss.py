@@ -1,6 +1,6 @@
 """Does the identity loss help? The mini fine-tuned with it against the mini fine-tuned without it, for as many steps.
 
-    python -m facesnap.training.mini --stage features --work WORK --data PEOPLE          # what training reads, once
+    python -m facesnap.mini --stage features --work WORK --data PEOPLE          # what training reads, once
     python benchmarks/identity_loss.py --work WORK --data PEOPLE --model assets/mini \
         --recogniser WORK/faces/recogniser_B.onnx --steps 600 --seeds 0 1 2 --out identity_loss
 
@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
 from facesnap.evaluation.report import commit, fingerprint, machine  # noqa: E402
+from facesnap.mini.portraits import diffusion_stage, load_parts  # noqa: E402
+from facesnap.mini.recipe import Run  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
-from facesnap.training.mini import Run, diffusion_stage, load_parts  # noqa: E402
 from facesnap.training.trainer import Trainer, TrainerConfig  # noqa: E402
 
 ARMS = ("without", "with")
@@ -33,7 +34,7 @@ ARMS = ("without", "with")
 
 def fine_tune(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict[str, float]:
     """Mixer and FFRNet of the model, trained on; written as a whole checkpoint. Returns the last logged figures."""
-    run = Run(args.work, folder, args.data or args.work / "people", args.device, 1, 0, 0, 1)
+    run = Run(args.work, folder, args.data or args.work / "people", args.device)
     identity = IdentityConfig(
         str(args.recogniser), weight=args.weight, steps=args.branch_steps, every=args.every, samples=args.samples
     )
@@ -76,7 +77,7 @@ def evaluate(args: argparse.Namespace, model: Path, report: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="with features/ and vae/, of facesnap.training.mini")
+    parser.add_argument("--work", type=Path, required=True, help="with features/ and vae/, of facesnap.mini")
     parser.add_argument("--data", type=Path, help="the people's shards (default: WORK/people)")
     parser.add_argument("--model", type=Path, default=Path("assets/mini"))
     parser.add_argument("--recogniser", type=Path, required=True, help="φ: recogniser B, an ONNX file")

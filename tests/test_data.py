@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from facesnap.training.data import Rows, draw_references, load_people
+from facesnap.synthetic.dataset import Rows, draw_references, load_people
 
 
 def write_shard(path: Path, people: list[int], per_person: int = 2, version="1", skip="") -> None:

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from facesnap.evaluation import metrics, photographs, portraits, probes, protocol, report
 from facesnap.evaluation.__main__ import parse
-from facesnap.evaluation.scorer import ScorerStage, train, visible
+from facesnap.evaluation.scorer import visible
 from facesnap.synthetic.people import EVALUATION_PEOPLE
 
 
@@ -325,20 +324,3 @@ def test_the_six_marks_are_these_of_the_72():
     points[[36, 40]] = (-30, 0), (-10, 0)
     points[[30, 52, 57, 8]] = (1, 2), (3, 4), (5, 6), (7, 8)
     assert photographs.marked_of(points).tolist() == [[-5, 0], [0, 0], [1, 2], [3, 4], [5, 6], [7, 8]]
-
-
-def test_the_scorer_learns_what_pictures_show_and_ignores_what_they_hide(tmp_path):
-    """Two colours, one of them rare; of the second attribute nothing is ever visible."""
-    rng = np.random.default_rng(0)
-    labels = np.stack([rng.random(200) < 0.1, np.full(200, -1)], 1).astype(np.int64)
-    labels[0, 1] = 0
-    pictures = np.where(labels[:, :1, None, None] > 0, 200, 60) + rng.integers(0, 40, (200, 128, 128, 3))
-    torch.manual_seed(0)
-    stage = ScorerStage(pictures.astype(np.uint8), labels, {"a": ("dark", "light"), "b": ("x", "y")}, batch_size=16)
-    one, two = (stage.batch(np.random.default_rng(3)) for _ in range(2))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert 0.25 < float((one["labels"][:, 0] == 1).float().mean()) < 0.75  # the rare one is drawn often
-    net = train(stage, tmp_path, steps=60, ema=0.9, warmup=5)
-    with torch.no_grad():
-        seen = net(torch.from_numpy(pictures[:50]).permute(0, 3, 1, 2).float() / 127.5 - 1)[:, :2].argmax(1)
-    assert (seen.numpy() == labels[:50, 0]).mean() > 0.9

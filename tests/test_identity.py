@@ -17,10 +17,12 @@ from benchmarks import training as benchmark
 from benchmarks.training import LiveBytes
 from facesnap.faces import align
 from facesnap.ffrnet import attach
-from facesnap.training import facenets, identity
+from facesnap.mini.checkpoint import store_half
+from facesnap.mini.nets.landmarks import LandmarkNet, export_landmarks
+from facesnap.mini.nets.recogniser import RECOGNISERS, RecogniserNet, export_recogniser
+from facesnap.training import identity
 from facesnap.training.identity import IdentityLoss, IResNet, crop_faces, crop_to_picture
 from facesnap.training.losses import predicted_latents
-from facesnap.training.mini import store_half
 
 # ------------------------------------------------------------------------------------------- φ from ONNX
 
@@ -116,12 +118,12 @@ def test_a_file_whose_norms_were_not_folded_is_read_too(tmp_path):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_minis_recogniser_is_read_from_its_onnx_file(tmp_path, half):
-    net = lively(facenets.RecogniserNet(**facenets.RECOGNISERS["B"]))
+    net = lively(RecogniserNet(**RECOGNISERS["B"]))
     path = tmp_path / "recogniser_B.onnx"
-    facenets.export_recogniser(net, path)
+    export_recogniser(net, path)
     if half:
         store_half(path)
-    ours = identity.load_recogniser(path)
+    ours = IResNet.from_onnx(path)
     crops = torch.rand(2, 3, 112, 112) * 2 - 1
     told = onnxruntime.InferenceSession(path).run(None, {"input": crops.numpy()})[0]
     assert ours.mirror
@@ -130,7 +132,7 @@ def test_the_minis_recogniser_is_read_from_its_onnx_file(tmp_path, half):
 
 def test_a_file_that_is_no_recogniser_is_refused(tmp_path):
     (tmp_path / "damaged.onnx").write_bytes(b"not a graph")
-    facenets.export_landmarks(facenets.LandmarkNet((8, 8, 8, 8, 8), 8), tmp_path / "landmarks.onnx")
+    export_landmarks(LandmarkNet((8, 8, 8, 8, 8), 8), tmp_path / "landmarks.onnx")
     for name in ("damaged.onnx", "landmarks.onnx"):
         with pytest.raises(ValueError, match=f"{name} is no IResNet"):
             IResNet.from_onnx(tmp_path / name)
@@ -215,7 +217,7 @@ def test_few_steps_are_diffusers_euler_steps(kind):
 def world():
     unet, vae, mixer = tiny_unet(), tiny_vae(), tiny_mixer()
     unet.requires_grad_(False)
-    recogniser = lively(facenets.RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
+    recogniser = lively(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
     loss = IdentityLoss(recogniser, vae, torch.linspace(0.999, 0.005, 1000), "v_prediction", steps=2, margin=1)
     return unet, tiny_ffrnet(unet), mixer, loss
 
@@ -330,7 +332,7 @@ def test_fake_tensors_tell_the_peak_of_real_ones(monkeypatch):
     alphas = torch.linspace(0.999, 0.005, 1000)
 
     def found() -> dict[int, int]:
-        unet, vae, phi = tiny_unet(), tiny_vae(), lively(facenets.RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
+        unet, vae, phi = tiny_unet(), tiny_vae(), lively(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)))
         unet.requires_grad_(False)
         loss = IdentityLoss(phi, vae, alphas, "v_prediction", margin=1)
         tokens, pooled = torch.zeros(1, 4, TOKEN_DIM, requires_grad=True), torch.zeros(1, 16, requires_grad=True)

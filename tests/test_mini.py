@@ -16,18 +16,25 @@ from transformers import CLIPVisionModel
 
 from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import eye_distance
+from facesnap.mini import __main__ as command
+from facesnap.mini import checkpoint, features, joint, portraits, recipe
+from facesnap.mini.augment import aligned_view, face_set
+from facesnap.mini.consistency import ConsistencyStage, embeddings_of, unexplained
+from facesnap.mini.features import Features, head_masks, make_head_model
+from facesnap.mini.joint import DiffusionStage, Parts, make_mixer, make_unet
+from facesnap.mini.nets.face_encoder import (
+    FaceEncoderStage,
+    crops_of,
+    make_face_encoder,
+    named_words,
+    save_face_encoder,
+)
+from facesnap.mini.nets.recogniser import RecogniserNet
+from facesnap.mini.nets.tokenizer import encode_text, make_text_encoders, token_ids, train_tokenizer
 from facesnap.synthetic import captions, sample_person, sample_picture
+from facesnap.synthetic.dataset import load_people
 from facesnap.synthetic.shards import write_shard
-from facesnap.training import diffusion, features, mini
-from facesnap.training.data import load_people
-from facesnap.training.diffusion import DiffusionStage, Parts, make_mixer, make_unet
-from facesnap.training.face_encoder import FaceEncoderStage, crops_of, make_face_encoder, named_words, save_face_encoder
-from facesnap.training.facenets import RecogniserNet
-from facesnap.training.faceviews import aligned_view, face_set
-from facesnap.training.features import Features, head_masks, make_head_model
 from facesnap.training.identity import IdentityConfig, IdentityLoss
-from facesnap.training.steady import SteadyStage, embeddings_of, unexplained
-from facesnap.training.text import encode_text, make_text_encoders, token_ids, train_tokenizer
 from facesnap.training.trainer import Trainer, TrainerConfig, write_whole
 
 SIZE, GRID = 64, 4
@@ -45,11 +52,10 @@ def tokenizer(people):
     return train_tokenizer(people.prompts + people.rich)
 
 
-def make_stage(people, tokenizer, monkeypatch, *, joint: bool, **options) -> DiffusionStage:
-    monkeypatch.setattr(diffusion, "WIDTHS", (32, 32, 32))
+def make_stage(people, tokenizer, *, joint: bool, **options) -> DiffusionStage:
     torch.manual_seed(0)
     text, text_2 = make_text_encoders(tokenizer, (32, 32), (2, 2))
-    unet = make_unet(4, GRID, 64, 32)
+    unet = make_unet(4, GRID, 64, 32, (32, 32, 32))
     ffrnet = FFRNet.from_unet(unet, vae_scale_factor=16, conditioning_embedding_out_channels=(4, 8, 8, 8, 8))
     parts = Parts(unet, text, text_2, tokenizer, make_mixer(32, 64, 32), ffrnet)
     n = len(people)
@@ -73,7 +79,7 @@ def snapshot(modules) -> dict[str, torch.Tensor]:
 
 
 def test_the_papers_stage_leaves_the_base_alone(people, tokenizer, monkeypatch, tmp_path) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    stage = make_stage(people, tokenizer, joint=False)
     base, ours = snapshot(stage.parts.base()), snapshot(stage.parts.ours())
     Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
     assert all(torch.equal(v, base[k]) for k, v in snapshot(stage.parts.base()).items())
@@ -83,7 +89,7 @@ def test_the_papers_stage_leaves_the_base_alone(people, tokenizer, monkeypatch, 
 
 
 def test_the_joint_stage_teaches_every_part(people, tokenizer, monkeypatch, tmp_path) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     before = snapshot(stage.modules())
     Trainer(stage, TrainerConfig(tmp_path, steps=3, lr=1e-2, warmup=1)).train()
     after = snapshot(stage.modules())
@@ -92,7 +98,7 @@ def test_the_joint_stage_teaches_every_part(people, tokenizer, monkeypatch, tmp_
 
 
 def test_without_ffrnet_the_face_says_nothing(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True, without_ffrnet=0.5)
+    stage = make_stage(people, tokenizer, joint=True, without_ffrnet=0.5)
     for block in [*stage.parts.ffrnet.controlnet_down_blocks, stage.parts.ffrnet.controlnet_mid_block]:
         torch.nn.init.normal_(block.weight)  # a new FFRNet says nothing at all
     batch = stage.batch(np.random.default_rng(0))
@@ -108,7 +114,7 @@ def test_without_ffrnet_the_face_says_nothing(people, tokenizer, monkeypatch) ->
 
 
 def test_references_are_other_photos_of_the_same_person(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     for row, others in stage.references.items():
         assert row not in others
         assert (people.person[others] == people.person[row]).all()
@@ -116,13 +122,13 @@ def test_references_are_other_photos_of_the_same_person(people, tokenizer, monke
 
 
 def test_a_batch_is_a_function_of_its_seed(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     one, two = (stage.batch(np.random.default_rng((3, 7))) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_kept_controls_predict_what_drawings_do_and_their_embedding_stays(people, tokenizer, monkeypatch, tmp_path):
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     embedding = stage.parts.ffrnet.controlnet_cond_embedding
     for block in [embedding.conv_out, *stage.parts.ffrnet.controlnet_down_blocks]:
         torch.nn.init.normal_(block.weight)
@@ -205,7 +211,7 @@ def test_half_stored_onnx_computes_the_same(tmp_path) -> None:
     )
     path = tmp_path / "net.onnx"
     save_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    mini.store_half(path)
+    checkpoint.store_half(path)
     import onnxruntime
 
     x = np.ones((1, 16), np.float32)
@@ -215,7 +221,7 @@ def test_half_stored_onnx_computes_the_same(tmp_path) -> None:
 
 
 def test_a_sample_sheet_can_be_drawn_while_training(people, tokenizer, monkeypatch, tmp_path) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     with torch.autocast("cpu", torch.bfloat16):
         latents = stage.sample(stage.rows[:2], steps=2)
     assert latents.shape == (2, 4, GRID, GRID) and torch.isfinite(latents).all()
@@ -223,9 +229,9 @@ def test_a_sample_sheet_can_be_drawn_while_training(people, tokenizer, monkeypat
 
 def test_training_goes_on_from_a_shipped_checkpoint(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "mini", dtype=torch.float16)
-    run = mini.Run(tmp_path / "work", tmp_path / "mini", tmp_path, "cpu", 1, 1, 1, 1)
-    mini.unpack(run, 0)
-    parts = mini.load_parts(run.work / "start")
+    run = recipe.Run(tmp_path / "work", tmp_path / "mini", tmp_path)
+    checkpoint.unpack(run, 0)
+    parts = portraits.load_parts(run.work / "start")
     for name, module in (parts.base() | parts.ours()).items():
         shipped = getattr(pipe, name).state_dict()
         assert all(v.dtype == torch.float32 for v in module.parameters()), name
@@ -247,12 +253,10 @@ def test_the_identity_loss_is_added_to_the_papers_stage_and_changes_nothing_else
     torch.manual_seed(0)
     phi = RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)).eval().requires_grad_(False)
     identity = IdentityConfig("given", steps=2, every=2, samples=3)
-    loss = IdentityLoss(
-        phi, tiny_vae(5, 4), diffusion.make_scheduler().alphas_cumprod, "v_prediction", steps=2, margin=1
-    )
+    loss = IdentityLoss(phi, tiny_vae(5, 4), joint.make_scheduler().alphas_cumprod, "v_prediction", steps=2, margin=1)
     options = {"identity": identity, "identity_loss": loss}
-    stages = [make_stage(people, tokenizer, monkeypatch, joint=False, **more) for more in ({}, options)]
-    found = diffusion.phi_of(phi, people, stages[1].features)
+    stages = [make_stage(people, tokenizer, joint=False, **more) for more in ({}, options)]
+    found = joint.phi_of(phi, people, stages[1].features)
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     stages[1].phi = found
     logs = []
@@ -305,7 +309,7 @@ def test_faces_found_before_a_kill_are_kept(monkeypatch, tmp_path) -> None:
 
 
 def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    stage = make_stage(people, tokenizer, joint=False)
     stage.batch_size, stage.strangers = 64, 0.0
     changed = np.random.default_rng(1).standard_normal(stage.features.embeddings.shape).astype(np.float32)
     stage.photographed = replace(stage.features, embeddings=changed)
@@ -320,7 +324,7 @@ def test_half_of_the_references_are_photographed(people, tokenizer, monkeypatch)
 
 
 def test_some_references_come_with_a_strangers_embedding_and_their_own_picture(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=False)
+    stage = make_stage(people, tokenizer, joint=False)
     stage.batch_size, stage.strangers = 200, 0.0
     own = stage.batch(np.random.default_rng(0))
     stage.strangers = 0.3
@@ -341,12 +345,12 @@ def test_the_encoder_is_asked_for_words_of_the_person(people) -> None:
     assert not any("background" in w or "," in w for w in words)
 
 
-def make_steady(people, *, batch_size: int = 8, **options) -> SteadyStage:
+def make_steady(people, *, batch_size: int = 8, **options) -> ConsistencyStage:
     torch.manual_seed(0)
     encoder = CLIPVisionModel(make_face_encoder(64, 2, 32).config)
     rows = np.flatnonzero(np.array(people.styles) == "photo")
     looks = np.random.default_rng(0).standard_normal((len(rows), 2, 512)).astype(np.float32)
-    return SteadyStage(
+    return ConsistencyStage(
         encoder, make_mixer(64, 64, 32), people, rows, *crops_of(people, rows), looks, batch_size=batch_size, **options
     )
 
@@ -407,7 +411,7 @@ def test_some_people_are_kept_to_see_what_steadiness_learns(people, tmp_path) ->
 
 
 def test_what_steadiness_learned_goes_when_the_parts_it_began_from_change(monkeypatch, tmp_path) -> None:
-    run = mini.Run(tmp_path, tmp_path / "mini", tmp_path, "cpu", 1, 1, 1, 1)
+    run = recipe.Run(tmp_path, tmp_path / "mini", tmp_path)
 
     class Run(Trainer):
         def __init__(self, learns: int):
@@ -420,13 +424,13 @@ def test_what_steadiness_learned_goes_when_the_parts_it_began_from_change(monkey
         def averaged(self):
             return nullcontext()
 
-    monkeypatch.setattr(mini, "diffusion_stage", lambda *_, **__: None)
-    monkeypatch.setattr(mini, "save_parts", lambda parts, folder: folder.mkdir())
+    monkeypatch.setattr(portraits, "diffusion_stage", lambda *_, **__: None)
+    monkeypatch.setattr(portraits, "save_parts", lambda parts, folder: folder.mkdir())
     for learns in (0, 1):
-        (tmp_path / "steady").mkdir(exist_ok=True)
-        monkeypatch.setattr(mini, "_trainer", lambda *_, learns=learns, **__: Run(learns))
-        mini._diffusion(run, "identity", None, 1.0, lr=1.0)
-        assert (tmp_path / "identity").is_dir() and (tmp_path / "steady").is_dir() == (not learns)
+        (tmp_path / "consistency").mkdir(exist_ok=True)
+        monkeypatch.setattr(portraits, "_trainer", lambda *_, learns=learns, **__: Run(learns))
+        portraits._diffusion(run, "identity", None, 1.0, lr=1.0)
+        assert (tmp_path / "identity").is_dir() and (tmp_path / "consistency").is_dir() == (not learns)
 
 
 def test_a_folder_is_there_whole_or_as_it_was(tmp_path) -> None:
@@ -486,34 +490,31 @@ def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:
     old = rng.standard_normal((400, 12)).astype(np.float32) + 3
     new = 7 * old @ np.linalg.qr(rng.standard_normal((12, 12)))[0].astype(np.float32) - 1
     wanted = layer(torch.from_numpy(old))
-    left = mini.refit(layer, old, new)
+    left = checkpoint.refit(layer, old, new)
     assert left < 1e-3
     assert (layer(torch.from_numpy(new)) - wanted).abs().max() < 0.05 * wanted.std()
-    assert mini.refit(layer, rng.standard_normal((400, 12)).astype(np.float32), new) > 0.8  # a stranger to it
+    assert checkpoint.refit(layer, rng.standard_normal((400, 12)).astype(np.float32), new) > 0.8  # a stranger to it
 
 
-def test_a_budget_is_shared_by_all_that_learns_and_by_nothing_else(tmp_path, monkeypatch) -> None:
-    ran = {}
-    for name in mini.STAGES:
-        monkeypatch.setitem(mini.STAGES, name, lambda run, minutes, name=name: ran.__setitem__(name, minutes))
-    mini.main(["--all", "--work", str(tmp_path), "--minutes", "50"])
-    assert list(ran) == [stage.__name__ for stage in mini.ORDER]
-    assert sum(ran.values()) == pytest.approx(50)
-    assert {name for name, minutes in ran.items() if minutes} == set(mini.MINUTES) - {"identity"}
-    ran.clear()
-    mini.main(["--stage", "identity", "--work", str(tmp_path)])
-    assert ran == {"identity": mini.MINUTES["identity"]}
+def test_a_budget_is_shared_by_all_that_learns_and_by_nothing_else() -> None:
+    given = {stage.__name__: command.minutes_of(stage, 50, alone=False) for stage in command.ALL}
+    assert sum(given.values()) == pytest.approx(50)
+    assert {name for name, minutes in given.items() if not minutes} == {"people", "head", "features", "assemble"}
+    assert "identity" in given  # which made what ships
+    alone = command.STAGES["identity"]
+    assert command.minutes_of(alone, 50, alone=True) == 50 and command.minutes_of(alone, None, alone=True) > 0
+    assert command.minutes_of(command.STAGES["unpack"], 50, alone=True) == 0
 
 
 def test_steps_are_for_the_stages_that_several_processes_share(tmp_path, capsys) -> None:
     for chosen in (["--stage", "vae"], ["--all"]):
         with pytest.raises(SystemExit):
-            mini.main([*chosen, "--work", str(tmp_path), "--steps", "5"])
-        assert "--steps is for --stage joint, steady, facesnap or identity" in capsys.readouterr().err
+            command.main([*chosen, "--work", str(tmp_path), "--steps", "5"])
+        assert "--steps is for --stage joint, facesnap, identity or consistency" in capsys.readouterr().err
 
 
 def test_processes_share_out_the_noise_levels(people, tokenizer, monkeypatch) -> None:
-    stage = make_stage(people, tokenizer, monkeypatch, joint=True)
+    stage = make_stage(people, tokenizer, joint=True)
     batch = stage.batch(np.random.default_rng(0))
     told = []
     predict = stage.predict
@@ -528,4 +529,4 @@ def test_processes_share_out_the_noise_levels(people, tokenizer, monkeypatch) ->
 
 def test_people_whose_seeds_are_others_are_not_rendered(tmp_path) -> None:
     with pytest.raises(ValueError, match="--people 16001: choose at most 16000"):
-        mini.main(["--stage", "people", "--work", str(tmp_path), "--people", "16001"])
+        command.main(["--stage", "people", "--work", str(tmp_path), "--people", "16001"])

@@ -11,8 +11,8 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from facesnap.landmarks import draw
+from facesnap.synthetic.dataset import read_shard
 from facesnap.training import photos
-from facesnap.training.data import read_shard
 from facesnap.training.photos import (
     PhotoConfig,
     PhotoShards,

@@ -22,9 +22,9 @@ from PIL import Image
 
 from facesnap.heads import LinearHeadModel, rotation_from_euler
 from facesnap.landmarks import eye_distance, to_68
+from facesnap.synthetic.dataset import GLASSES, HAIR, HAT, SKIN, read_shard
 from facesnap.synthetic.shards import write_shard
 from facesnap.training import prepare
-from facesnap.training.data import GLASSES, HAIR, HAT, SKIN, read_shard
 from facesnap.training.grouping import identities_of, near_duplicates, same_people, unit
 from facesnap.training.headmask import landmark_mask
 from facesnap.training.prepare import plan_shards

@@ -11,6 +11,8 @@ import pytest
 
 from facesnap.landmarks import MIRROR, eye_distance
 from facesnap.synthetic import captions, sample_person, sample_picture
+from facesnap.synthetic.dataset import CLOTHES as CLOTHES_LABEL
+from facesnap.synthetic.dataset import HAIR as HAIR_LABEL
 from facesnap.synthetic.head import landmarks
 from facesnap.synthetic.people import (
     BACKDROPS,
@@ -21,8 +23,6 @@ from facesnap.synthetic.people import (
     STYLES,
 )
 from facesnap.synthetic.render import render
-from facesnap.training.data import CLOTHES as CLOTHES_LABEL
-from facesnap.training.data import HAIR as HAIR_LABEL
 
 SIZE = 128
 FRONT = {"pose": (0.0, 0.0, 0.0), "scale": 0.9, "shift": (0.0, 0.0)}

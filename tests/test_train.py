@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tiny_batches import batch, stream
 
 from facesnap.ffrnet import VARIANTS
+from facesnap.mini.nets.recogniser import RecogniserNet, export_recogniser
 from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline
-from facesnap.training import facenets, train
+from facesnap.training import train
 from facesnap.training.portraits import PortraitStage
 from facesnap.training.train import read_config, run
 from facesnap.training.trainer import Trainer
@@ -36,7 +37,7 @@ def start(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     tiny.tiny_pipeline().save_pretrained(folder / "model")
     torch.manual_seed(0)
-    facenets.export_recogniser(facenets.RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)), folder / "phi.onnx")
+    export_recogniser(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1)), folder / "phi.onnx")
     return folder
 
 

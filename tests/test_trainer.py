@@ -8,8 +8,8 @@ import torch
 from test_data import write_shard
 from torch import nn
 
+from facesnap.synthetic.dataset import load_people
 from facesnap.training import vae as vae_module
-from facesnap.training.data import load_people
 from facesnap.training.trainer import Average, Stage, Trainer, TrainerConfig, orthogonal, rate
 
 

@@ -11,7 +11,8 @@ from insightface.data import get_object
 from torch import nn
 from torch.nn import functional as F
 
-from facesnap.training.facenets import export_recogniser, to_onnx
+from facesnap.mini.nets.common import to_onnx
+from facesnap.mini.nets.recogniser import export_recogniser
 
 SMALL, LARGE = 64, 128  # pixels of the detector's input
 

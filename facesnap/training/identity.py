@@ -94,15 +94,6 @@ class IResNet(nn.Module):
         return net
 
 
-def load_recogniser(path: str | Path) -> nn.Module:
-    """φ from an ONNX file, or from the safetensors that `facenets` writes beside the mini's."""
-    if Path(path).suffix == ".safetensors":
-        from facesnap.training.facenets import load_recogniser as load
-
-        return load(Path(path))
-    return IResNet.from_onnx(path)
-
-
 def _read(graph: onnx.GraphProto) -> IResNet:
     """The layers in the order of the graph, which is that of the forward pass."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -43,7 +43,7 @@ from facesnap.errors import InputError
 from facesnap.evaluation.report import commit, fingerprint, machine
 from facesnap.ffrnet import VARIANTS
 from facesnap.pipeline import FaceSnapPipeline
-from facesnap.training.identity import IdentityConfig, IdentityLoss, load_recogniser
+from facesnap.training.identity import IdentityConfig, IdentityLoss, IResNet
 from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
 from facesnap.training.portraits import LEARN, Cache, LossConfig, PortraitStage, Stream
 from facesnap.training.trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
@@ -268,7 +268,7 @@ def make_stage(
     if config.identity.recogniser is not None:
         lightning = load_lightning(config.identity.lightning, pipe)
         identity_loss = IdentityLoss(
-            load_recogniser(config.identity.recogniser), pipe.vae, pipe.scheduler.alphas_cumprod,
+            IResNet.from_onnx(config.identity.recogniser), pipe.vae, pipe.scheduler.alphas_cumprod,
             pipe.scheduler.config.prediction_type, steps=config.identity.steps, margin=config.identity.margin,
         )  # fmt: skip
     caches: dict[str, Cache | None] = {"latent_cache": None, "text_cache": None}

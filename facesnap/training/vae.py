@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from facesnap.training.data import BACKGROUND, CLOTHES, People, load_people
+from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig, write_whole
 
 LATENT_CHANNELS = 16

@@ -1,4 +1,4 @@
-"""Steadiness: what face encoder and mixer say of a photograph becomes what they say of the render behind it.
+"""Consistency: what face encoder and mixer say of a photograph becomes what they say of the render behind it.
 
 A photograph differs from a render in texture, light, clothes, background and sharpness, and in where the detector puts
 its box. None of that is the person, so none of it should reach the face tokens. The diffusion stages teach this too,
@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel
 
 from facesnap.faces import Recogniser
+from facesnap.mini import augment as views
+from facesnap.mini.nets.face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.pipeline import face_pixels
-from facesnap.training import faceviews as views
-from facesnap.training.data import People, draw_references
-from facesnap.training.face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
+from facesnap.synthetic.dataset import People, draw_references
 from facesnap.training.trainer import Batch, Stage
 
 CLAIMED = ("hair", "haircut", "beard")
@@ -30,7 +30,7 @@ HELD_OUT = 50  # every so many-th person is not learned from
 LOOKS = 3  # embeddings of each picture: the render's own, then some of photographs
 
 
-class SteadyStage(Stage):
+class ConsistencyStage(Stage):
     """`rows` are the pictures that may be references, `crops` and `labels` theirs (`face_encoder.crops_of`), `looks`
     their embeddings (`embeddings_of`).
 

@@ -23,9 +23,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from facesnap.faces import align, five_points
 from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import draw, to_68
+from facesnap.mini.features import Features, head_masks
+from facesnap.mini.nets.tokenizer import encode_text, token_ids
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.training.data import People, draw_references
-from facesnap.training.features import Features, head_masks
+from facesnap.synthetic.dataset import People, draw_references
 from facesnap.training.identity import IdentityConfig, IdentityLoss
 from facesnap.training.losses import (
     add_noise,
@@ -35,7 +36,6 @@ from facesnap.training.losses import (
     masked_diffusion_loss,
     stratified_timesteps,
 )
-from facesnap.training.text import encode_text, token_ids
 from facesnap.training.trainer import Batch, Stage
 
 WIDTHS = (96, 128, 144)
@@ -43,18 +43,20 @@ CONTROL_WIDTHS = (4, 8, 24, 64, 96)  # of the control picture's embedding: thin 
 PREDICTION = "v_prediction"
 
 
-def make_unet(latent_channels: int, grid: int, token_dim: int, pooled_dim: int) -> UNet2DConditionModel:
+def make_unet(
+    latent_channels: int, grid: int, token_dim: int, pooled_dim: int, widths: tuple[int, ...] = WIDTHS
+) -> UNet2DConditionModel:
     """SDXL's architecture at about 1/290 of its size: no attention at the first level, as there."""
     return UNet2DConditionModel(
         sample_size=grid,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=WIDTHS,
+        block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=1,
-        attention_head_dim=tuple(width // 32 for width in WIDTHS),
+        attention_head_dim=tuple(width // 32 for width in widths),
         cross_attention_dim=token_dim,
         norm_num_groups=16,
         use_linear_projection=True,

@@ -27,10 +27,10 @@ from transformers import (
 from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around, square_crop
 from facesnap.images import warp
+from facesnap.mini import augment as views
+from facesnap.mini.nets.tokenizer import token_ids
 from facesnap.pipeline import face_pixels
-from facesnap.training import faceviews as views
-from facesnap.training.data import People
-from facesnap.training.text import token_ids
+from facesnap.synthetic.dataset import People
 from facesnap.training.trainer import Batch, Stage
 
 SIDE = 112  # of the encoder's picture

@@ -17,7 +17,7 @@ import numpy as np
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
 from facesnap.images import warp
-from facesnap.training.data import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
+from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
 
 Rng = np.random.Generator
 
@@ -90,7 +90,7 @@ def box_of(outline: np.ndarray) -> np.ndarray:
 
 
 def load(folder: Path) -> FaceSet:
-    """The rendered people whose shards lie in `folder` (facesnap.training.data)."""
+    """The rendered people whose shards lie in `folder` (facesnap.synthetic.dataset)."""
     people = load_people(folder)
     return face_set(people.images, people.masks, people.landmarks, people.landmarks3d, people.person, people.parameters)
 

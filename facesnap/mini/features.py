@@ -22,12 +22,12 @@ from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import LinearHeadModel, from_pretrained
 from facesnap.heads.regressor import ShapeRegressor
+from facesnap.mini.augment import Backgrounds, as_photograph
 from facesnap.predictor import LandmarkPredictor
+from facesnap.synthetic.dataset import HAIR, SKIN, People, load_people
 from facesnap.synthetic.head import landmarks
 from facesnap.synthetic.people import EXPRESSION, sample_person, sample_picture
 from facesnap.synthetic.render import CAMERA
-from facesnap.training.data import HAIR, SKIN, People, load_people
-from facesnap.training.faceviews import Backgrounds, as_photograph
 from facesnap.training.vae import to_tensor
 
 PART = 250  # pictures that a process looks at before it tells what it found

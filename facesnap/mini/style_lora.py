@@ -1,6 +1,6 @@
 """A style as a LoRA of the base UNet, trained on filtered pictures of rendered people.
 
-    python -m facesnap.training.style_lora --style "screen print" --out assets/lora/screen-print
+    python -m facesnap.mini.style_lora --style "screen print" --out assets/lora/screen-print
 
 It is trained as such files usually are: the base model alone, its own text encoders, no face and no FFRNet. That
 FaceSnap follows it all the same is the point (docs/plug_and_play.md). The file is in diffusers' format, written by
@@ -20,10 +20,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from facesnap.mini.joint import short_attention
 from facesnap.synthetic.captions import STYLE_WORDS, captions
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import render
-from facesnap.training.diffusion import short_attention
 from facesnap.training.losses import (
     add_noise,
     capped_snr_weight,
@@ -139,7 +139,7 @@ def save(unet: nn.Module, folder: Path, dtype: torch.dtype = torch.float16) -> N
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m facesnap.training.style_lora", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m facesnap.mini.style_lora", description=__doc__.split("\n")[0])
     parser.add_argument("--style", choices=STYLES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the LoRA")
     parser.add_argument("--model", default="assets/mini", help="an SDXL checkpoint's folder, the base of the LoRA")

@@ -1,0 +1,152 @@
+"""The mini's checkpoint folder: from a work folder to what ships, and back."""
+
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from diffusers import AutoencoderKL
+from onnx import helper, numpy_helper
+from torch import nn
+from transformers import CLIPVisionModel
+
+from facesnap.faces import FaceAnalyser, Recogniser, five_points
+from facesnap.heads import LinearHeadModel
+from facesnap.mini import features as feats
+from facesnap.mini.joint import Parts, make_scheduler
+from facesnap.mini.nets import face_encoder as clip
+from facesnap.mini.portraits import latest, load_parts
+from facesnap.mini.recipe import SIZE, Run
+from facesnap.mixer import FacialAttributeMixer
+from facesnap.pipeline import FaceSnapPipeline, Settings
+from facesnap.synthetic.dataset import load_people
+
+ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
+
+HINT = (
+    "This small model has seen rendered people only: a photograph becomes one of them, with its skin, hair and build. "
+    "Words it knows: a photo, a pencil sketch, a watercolor, an oil painting, black and white; a shirt, striped shirt "
+    "or jacket, a beanie or cap in a colour; round or square glasses; a studio, plain or blurred background, hills; "
+    "soft, warm or cool light."
+)
+
+
+def unpack(run: Run, minutes: float) -> None:
+    """A finished checkpoint back into the work folder, each part where its stage would have left it."""
+    for name in ("vae", "face_encoder", "face_pack", "head", "scorer", "tokenizer"):
+        if (run.out / name).is_dir():
+            shutil.copytree(run.out / name, run.work / name, dirs_exist_ok=True)
+    for name in Parts.__dataclass_fields__:
+        shutil.copytree(run.out / name, run.work / "start" / name, dirs_exist_ok=True)
+
+
+def adopt(run: Run, minutes: float) -> None:
+    """The unpacked mixer reads a new recogniser A and face encoder: its projections say of the new features what they
+    said of the old.
+
+    A ridge regression each on pictures of known faces; what it leaves unexplained is for the stages that follow.
+    """
+    known, found = load_people(run.data), feats.Features.load(run.work / "features" / "faces")
+    old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
+    rows = np.flatnonzero(found.found)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ADOPTED)).astype(int)]
+    before = np.stack([old.embed(known.images[int(row)], five_points(found.points68[row])) for row in rows])
+    mixer: Any = FacialAttributeMixer.from_pretrained(run.work / "start" / "mixer")
+    encoder = CLIPVisionModel.from_pretrained(run.out / "face_encoder", dtype=torch.float32).eval()
+    some = rows[:: max(1, len(rows) // 600)]  # of some fifty states each
+    states = clip.features_of(encoder, found.crops, some).flatten(0, 1).numpy()
+    now = np.load(run.work / "features" / "clip.npy", mmap_mode="r")[some].astype(np.float32)
+    for name, old_values, new_values in (
+        ("w_id", before, found.embeddings[rows]),
+        ("w_clip", states, now.reshape(states.shape)),
+    ):
+        left = refit(getattr(mixer, name), old_values, new_values)
+        print(f"{left:.2f} of what the mixer's {name} said is left unexplained")
+    mixer.save_pretrained(run.work / "start" / "mixer")
+
+
+@torch.no_grad()
+def refit(layer: nn.Linear, old: np.ndarray, new: np.ndarray) -> float:
+    """Change `layer` so that it says of inputs `new` (N, D) what it said of `old` (N, D), by ridge regression.
+
+    Returns the share of its outputs' variance that is left unexplained.
+    """
+    wanted = layer(torch.from_numpy(old)).double().numpy()
+    x, middle, centre = new.astype(np.float64), wanted.mean(0), new.mean(0, dtype=np.float64)
+    ridge = 1e-3 * len(x) * x.var(0).mean() * np.eye(x.shape[1])
+    weight = np.linalg.solve((x - centre).T @ (x - centre) + ridge, (x - centre).T @ (wanted - middle))
+    layer.weight.copy_(torch.from_numpy(weight.T))
+    layer.bias.copy_(torch.from_numpy(middle - centre @ weight))
+    return float((wanted - middle - (x - centre) @ weight).var() / (wanted - middle).var())
+
+
+def assemble(run: Run, minutes: float) -> None:
+    """The checkpoint folder: fp16 weights, fp32 text encoders, no file over 10 MB."""
+    last = latest(run, "consistency", "identity", "facesnap", "joint")
+    parts = load_parts(last)
+    encoder = next(place / "face_encoder" for place in (last, run.work) if (place / "face_encoder").is_dir())
+    known = load_people(run.data)
+    scorer = run.work / "scorer" / "recogniser.onnx"
+    pipe = FaceSnapPipeline(
+        vae=AutoencoderKL.from_pretrained(run.work / "vae"),
+        text_encoder=parts.text_encoder,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer=parts.tokenizer,
+        tokenizer_2=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=make_scheduler(),
+        mixer=parts.mixer,
+        ffrnet=parts.ffrnet,
+        face_encoder=CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32),
+        face_analyser=FaceAnalyser(run.work / "face_pack"),
+        head_model=LinearHeadModel.from_pretrained(run.work / "head"),
+        scorer=Recogniser(scorer) if scorer.exists() else None,
+        settings=Settings(
+            name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0,
+            saturation=0.6,  # chosen on seven photographs; of renders it changes next to nothing
+            about={
+                "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
+                "stage": last.name,
+                "license": "Apache-2.0",
+                "hint": HINT,
+                "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of page.order
+                "diffusers": importlib.metadata.version("diffusers"),
+            },
+        ),
+    )  # fmt: skip
+    pipe.save_pretrained(run.out, dtype=torch.float16, max_shard_size="9MB")
+    for file in (run.work / "scorer").glob("attributes*"):  # the evaluation's judges, see evaluation/scorer.py
+        shutil.copy(file, run.out / "scorer" / file.name)
+    for file in run.out.rglob("*.onnx"):
+        store_half(file)
+    for file in run.out.rglob("config.json"):  # diffusers notes the folder that a model was read from
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    total = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file())
+    print(f"{run.out}: {total / 1e6:.1f} MB")
+
+
+def store_half(path: Path) -> None:
+    """Halve an ONNX file: its weights become float16, each cast back where it is used.
+
+    ONNX Runtime folds the casts when it loads, so the nets still compute in float32.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
+            name = weight.name
+            half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), name + "_half")
+            weight.CopyFrom(half)
+            casts.append(helper.make_node("Cast", [name + "_half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(casts + nodes)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)

@@ -1,0 +1,215 @@
+"""The mini's recipe: a whole FaceSnap from nothing, stage by stage, on rendered people (python -m facesnap.mini).
+
+Here are the stages up to the features; those that learn to make portraits are in portraits.py, what ships in
+checkpoint.py. Each stage is a function of a `Run` and a number of minutes, reads what earlier ones left in `run.work`
+and, where it learns, goes on from its last checkpoint there.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
+
+from facesnap.mini import augment
+from facesnap.mini import features as feats
+from facesnap.mini.nets import face_encoder as clip
+from facesnap.mini.nets.detector import train_detector
+from facesnap.mini.nets.landmarks import train_landmarks
+from facesnap.mini.nets.recogniser import train_recogniser
+from facesnap.mini.nets.scorer import train_scorer
+from facesnap.mini.nets.tokenizer import make_text_encoders, train_tokenizer
+from facesnap.synthetic.__main__ import main as render_people
+from facesnap.synthetic.dataset import load_people
+from facesnap.training.trainer import Trainer, TrainerConfig, write_whole
+from facesnap.training.vae import VaeStage, make_vae
+from facesnap.training.vae import export as export_vae
+
+SIZE, FACTOR = 256, 16
+FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
+# More people than those that an evaluation meets, for photographs: (first seed, share of --people, pictures of each,
+# flags). Some are seen from afar, some have other hair, some both.
+MORE_PEOPLE = (
+    (20_000, 0.18, 3, ("--wide",)),
+    (30_000, 0.60, 2, ("--varied",)),
+    (40_000, 0.12, 2, ("--wide", "--varied")),
+)
+MOST_PEOPLE = 16_000
+TOKENIZER_WORDS = 3000  # captions that the tokenizer's words are taken from
+NETS = ("A", "landmarks", "detector", "C", "B")
+SHIPPED = {  # where the other stages look for what stage faces trained
+    "detector": "face_pack/detector",
+    "landmarks": "face_pack/landmarks",
+    "recogniser_A": "face_pack/recogniser",
+    "recogniser_C": "scorer/recogniser",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps what, and its options."""
+
+    work: Path
+    out: Path
+    data: Path
+    device: str = "cpu"
+    people: int = 4000
+    per_person: int = 5
+    workers: int = 1
+    steps: int | None = None
+    nets: tuple[str, ...] = NETS
+
+
+def people(run: Run, minutes: float) -> None:
+    """Render the shards; what is there already stays."""
+    if run.people > MOST_PEOPLE:
+        raise ValueError(f"--people {run.people}: choose at most {MOST_PEOPLE}, the seeds after them are others'")
+    _render(run, run.data, run.people, run.per_person)
+    for seed, share, per_person, flags in MORE_PEOPLE:
+        _render(run, run.data, max(1, round(share * run.people)), per_person, "--seed", seed, *flags)
+
+
+def _render(run: Run, out: Path, count: int, per_person: int, *options: object) -> None:
+    words = ["--out", out, "--people", count, "--per-person", per_person, "--size", SIZE, "--workers", run.workers]
+    render_people([str(word) for word in (*words, *options)])
+
+
+def faces(run: Run, minutes: float) -> None:
+    """The five nets, then the face pack (with A) and the scorer (C) where the other stages look for them."""
+    place, known = run.work / "faces", augment.load(run.data)
+    for net in run.nets:
+        print(f"{net}: {len(known)} pictures of {int(known.person.max()) + 1} people", flush=True)
+        if net == "detector":
+            train_detector(known, place, minutes / len(run.nets), device=run.device)
+        elif net == "landmarks":
+            train_landmarks(known, place, minutes / len(run.nets), device=run.device)
+        else:
+            train_recogniser(net, known, place, minutes / len(run.nets), device=run.device)
+    for source, target in SHIPPED.items():
+        if (place / f"{source}.onnx").exists():
+            (run.work / target).parent.mkdir(exist_ok=True)
+            shutil.copy(place / f"{source}.onnx", run.work / f"{target}.onnx")
+
+
+def scorer(run: Run, minutes: float) -> None:
+    train_scorer(load_people(run.data), run.work / "scorer", minutes, device=run.device)
+
+
+def vae(run: Run, minutes: float) -> None:
+    torch.manual_seed(0)
+    _train_vae(run, "vae_run", make_vae(), minutes, crop=128, batch=8, lr=2e-3)
+
+
+def _train_vae(
+    run: Run, name: str, model: AutoencoderKL, minutes: float, *, crop: int, batch: int, lr: float, latents=None
+) -> None:
+    stage = VaeStage(model, run.data, batch_size=batch, crop=crop, latents=latents)
+    config = TrainerConfig(
+        run.work / name, minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995,
+        device=run.device,
+    )  # fmt: skip
+    trainer = Trainer(stage, config)
+    trainer.train()
+    export_vae(trainer, stage, run.work / "vae")
+
+
+def face_encoder(run: Run, minutes: float) -> None:
+    """From nothing, or from the encoder that `unpack` or an earlier run left, whose tokenizer stays too."""
+    torch.manual_seed(0)
+    known = load_people(run.data)
+    if not (run.work / "tokenizer").is_dir():
+        captions = known.prompts[:TOKENIZER_WORDS] + known.rich[:TOKENIZER_WORDS]
+        train_tokenizer(captions).save_pretrained(run.work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
+    _, text = make_text_encoders(tokenizer)
+    encoder, place = clip.make_face_encoder(), run.work / "face_encoder"
+    if place.is_dir():
+        shipped = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+        encoder.vision_model.load_state_dict(shipped.state_dict())
+    if (run.work / "text_encoder_2_clip").is_dir():
+        text = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip", dtype=torch.float32)
+    stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, *clip.crops_of(known))
+    trainer = Trainer(
+        stage,
+        TrainerConfig(
+            run.work / "face_encoder_run", minutes=minutes, optimiser="muon", lr=2e-3, betas=(0.9, 0.98),
+            weight_decay=0.05, device=run.device, ema=0.99, warmup=20, log_every=10,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    with trainer.averaged():
+        write_whole(place, lambda draft: clip.save_face_encoder(encoder.cpu(), draft))
+        write_whole(run.work / "text_encoder_2_clip", text.cpu().save_pretrained)
+    rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
+    model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+    found = clip.probes(clip.features_of(model, stage.crops, rows), known, rows)
+    (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found))
+
+
+def head(run: Run, minutes: float) -> None:
+    """The head model, and what A's embedding tells of a head's shape, from people whom A has not met."""
+    place, data = run.work / "head", run.work / "shape_people"
+    model = feats.make_head_model(SHAPE_PEOPLE, first=FIRST_SHAPE_PERSON)
+    model.save_pretrained(place)
+    _render(run, data, SHAPE_PEOPLE, 2, "--seed", FIRST_SHAPE_PERSON)
+    known = load_people(data)
+    faces = run.work / "shape_faces"
+    found = feats.analyse_people(data, run.work / "face_pack", place, faces, len(known), workers=run.workers)
+    dataclasses.replace(model, regressor=feats.shape_regressor(model, found, known)).save_pretrained(place)
+    shutil.rmtree(faces)  # another recogniser would find other embeddings
+
+
+def features(run: Run, minutes: float) -> None:
+    """Everything the diffusion stages read, under `work/features`."""
+    place = run.work / "features"
+    place.mkdir(parents=True, exist_ok=True)
+    known = load_people(run.data)
+    if not (place / "latents.npy").exists():
+        model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
+        save_array(place / "latents.npy", feats.latents_of(model, known, device=run.device))
+    photos = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
+    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
+    for name, clip_name, options in (
+        ("faces", "clip.npy", {}),
+        ("photographed", "clip_photographed.npy", {"rows": photos, "photographed": True}),
+    ):
+        looked = feats.analyse_people(
+            run.data,
+            run.work / "face_pack",
+            run.work / "head",
+            place / name,
+            len(known),
+            workers=run.workers,
+            **options,
+        )
+        if not (place / clip_name).exists():
+            rows = np.flatnonzero(looked.found)
+            states = clip.features_of(encoder, looked.crops, rows).half().numpy()
+            kept = np.zeros((len(known), *states.shape[1:]), np.float16)
+            kept[rows] = states
+            save_array(place / clip_name, kept)
+
+
+def decoder(run: Run, minutes: float) -> None:
+    """The VAE's decoder goes on alone: by crops, then by whole pictures, whose edges a crop seldom shows."""
+    latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
+    for name, share, options in (
+        ("crops", 0.8, {"crop": 128, "batch": 8, "lr": 1e-3}),
+        ("whole", 0.2, {"crop": SIZE, "batch": 2, "lr": 4e-4}),
+    ):
+        model = AutoencoderKL.from_pretrained(run.work / "vae")
+        _train_vae(run, f"decoder_{name}_run", model, share * minutes, latents=latents, **options)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all, also where several processes save the same."""
+    draft = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(draft, array)
+    draft.replace(path)

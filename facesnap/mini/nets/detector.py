@@ -153,7 +153,7 @@ def train_detector(
     net: Detector | None = None,
     **options,
 ) -> Detector:
-    """Train the detector on scenes of 160² to 256² (`faceviews.scene`) and write `out/detector.onnx`."""
+    """Train the detector on scenes of 160² to 256² (`augment.scene`) and write `out/detector.onnx`."""
     torch.manual_seed(seed)
     training, held_out = split(faces)
     backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)

@@ -67,7 +67,7 @@ def train_landmarks(
     net: LandmarkNet | None = None,
     **options,
 ) -> LandmarkNet:
-    """Train the landmark net on `faceviews.landmark_view` and write `out/landmarks.onnx`."""
+    """Train the landmark net on `augment.landmark_view` and write `out/landmarks.onnx`."""
     torch.manual_seed(seed)
     training, held_out = split(faces)
     backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)

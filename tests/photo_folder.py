@@ -7,7 +7,7 @@ import cv2
 
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import Rendered, render
-from facesnap.training import prepare
+from facesnap.training.prepare import __main__ as prepare
 
 FIRST = 1000  # the seed of the first person
 MINI = Path(__file__).parent.parent / "assets" / "mini"

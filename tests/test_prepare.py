@@ -1,13 +1,16 @@
 """Photographs → training shards, on rendered people and the mini's face pack; details on a pack of toy nets."""
 
+import errno
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
@@ -20,15 +23,22 @@ import toy_pack
 from insightface.data import get_image
 from PIL import Image
 
+from facesnap.errors import InputError
 from facesnap.heads import LinearHeadModel, rotation_from_euler
 from facesnap.landmarks import eye_distance, to_68
 from facesnap.synthetic.dataset import GLASSES, HAIR, HAT, SKIN, read_shard
 from facesnap.synthetic.shards import write_shard
-from facesnap.training import prepare
-from facesnap.training.grouping import identities_of, near_duplicates, same_people, unit
-from facesnap.training.headmask import landmark_mask
-from facesnap.training.prepare import plan_shards
-from facesnap.training.samples import Captioner, cut, perceptual_hash, sharpness
+from facesnap.training.prepare import __main__ as prepare
+from facesnap.training.prepare.engines import Here
+from facesnap.training.prepare.engines import run as run_tasks
+from facesnap.training.prepare.grouping import identities_of, near_duplicates, same_people, unit
+from facesnap.training.prepare.headmask import landmark_mask
+from facesnap.training.prepare.looks import Captioner
+from facesnap.training.prepare.options import Options
+from facesnap.training.prepare.parts import PartJob, find
+from facesnap.training.prepare.samples import cut, perceptual_hash, sharpness
+from facesnap.training.prepare.shards import ShardJob, plan_shards
+from facesnap.training.prepare.sources import list_photos
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 
@@ -111,7 +121,7 @@ def test_a_killed_run_goes_on_with_nothing_twice_and_nothing_lost(prepared, tmp_
     words = [str(prepared.photos), str(tmp_path / "out"), *photo_folder.OPTIONS, *photo_folder.SHARDS]
     words += ["--photos-per-part", "1"]
     command = [sys.executable, "-m", "facesnap.training.prepare", *words, "--workers", "2"]
-    running = subprocess.Popen(command, cwd=Path(prepare.__file__).parents[2], start_new_session=True)
+    running = subprocess.Popen(command, cwd=Path(prepare.__file__).parents[3], start_new_session=True)
     work = tmp_path / "out" / "work"
     try:
         while not list(work.glob("part-*.json")):
@@ -145,6 +155,25 @@ def test_a_finished_folder_is_left_as_it_is_and_other_options_are_refused(prepar
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(SystemExit, match="begun with other min_sharpness"):
         prepare.main([*words, "--min-sharpness", "50"])
+
+
+def test_ray_gives_the_shards_of_one_process_and_goes_on_after_a_kill(prepared, tmp_path):
+    pytest.importorskip("ray")
+    words = [str(prepared.photos), str(tmp_path / "out"), *photo_folder.OPTIONS, *photo_folder.SHARDS]
+    words += ["--photos-per-part", "2", "--keep-work"]
+    command = [sys.executable, "-m", "facesnap.training.prepare", *words, "--engine", "ray", "--workers", "2"]
+    running = subprocess.Popen(command, cwd=Path(prepare.__file__).parents[3], start_new_session=True)
+    work = tmp_path / "out" / "work"
+    while not list(work.glob("part-*.json")):
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.1)
+    running.kill()  # its cluster ends with it
+    running.wait()
+    done = {part: part.stat().st_mtime_ns for part in work.glob("part-*.json")}
+    assert subprocess.run(command, cwd=Path(prepare.__file__).parents[3]).returncode == 0
+    assert {part: part.stat().st_mtime_ns for part in done} == done
+    for shard in prepared.out.glob("shard-*"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
 
 # ---- photographs that every installation has ---------------------------------------------------------------------
@@ -262,21 +291,6 @@ def test_shards_are_read_like_folders(pack, tmp_path):
     assert people[0] == people[1] != people[2]
 
 
-def test_several_machines_share_the_work(pack, photos, tmp_path):
-    for k in range(5):
-        Image.fromarray(squares((20 + 30 * k, 120, 16, BLUE), seed=k)).save(photos / f"{k}.png")
-    words = ["--photos-per-part", 1, "--share"]
-    assert run(photos, tmp_path / "out", pack, *words, "2/3") == {}
-    parts = tmp_path / "out" / "work"
-    assert [p.stem for p in sorted(parts.glob("*.json"))] == ["part-000001", "part-000004"]
-    run(photos, tmp_path / "out", pack, *words, "1/3")
-    done = {part: part.stat().st_mtime_ns for part in parts.glob("*.json")}
-    whole = run(photos, tmp_path / "out", pack, *words[:-1], "--keep-work")
-    assert len(whole) == 5 and {part: part.stat().st_mtime_ns for part in done} == done
-    with pytest.raises(SystemExit):
-        run(photos, tmp_path / "out", pack, *words, "0/3")
-
-
 def test_captions_and_identities_from_tables(pack, photos, tmp_path):
     for name in ("a", "b", "c"):
         Image.fromarray(squares((120, 120, 16, BLUE))).save(photos / f"{name}.png")
@@ -353,6 +367,48 @@ def test_wrong_places_are_named(pack, photos, tmp_path):
         run(photos, tmp_path / "out", tmp_path / "nothing")
     with pytest.raises(SystemExit):
         prepare.main([str(tmp_path), str(tmp_path / "o"), "--workers", "0"])
+
+
+def test_what_one_machine_of_several_lacks_is_named_with_it(pack, photos, tmp_path, monkeypatch):
+    Image.fromarray(squares((120, 120, 16, BLUE))).save(photos / "a.png")
+    found, _ = list_photos(str(photos), tmp_path / "out")
+    job = PartJob(tmp_path / "out", 0, tuple(found), {}, Options(str(pack), None), ("CPUExecutionProvider",), "cpu")
+    with pytest.raises(InputError, match=f"{socket.gethostname()} does not see .*out"):
+        find(job)
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "prepare.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=f"{socket.gethostname()} .*No space left"):
+        patch.setattr("facesnap.training.prepare.parts.np.save", full)
+        find(job)
+    assert [path.name for path in (tmp_path / "out" / "work").iterdir()] == ["part-000000.tar"]  # no list: not done
+    (photos / "a.png").unlink()
+    with pytest.raises(InputError, match="a.png is gone, or this machine does not see"):
+        find(job)
+
+
+def test_a_worker_that_died_is_told_by_the_parts_it_may_have_died_of():
+    class Dies(Here):
+        def submit(self, task, job):
+            return super().submit(task, job) if job.number != 3 else super().submit(die, job)
+
+    def die(job):
+        raise BrokenProcessPool("killed")
+
+    jobs = [ShardJob(Path(), number) for number in range(9)]
+    with pytest.raises(InputError, match=r"a worker died over parts 3\b.*give the same command again"):
+        list(run_tasks([(Dies(), lambda job: None)], jobs, 1))
+
+
+def test_shards_whose_making_nobody_knows_are_not_added_to(pack, photos, tmp_path):
+    Image.fromarray(squares((120, 120, 16, BLUE))).save(photos / "a.png")
+    run(photos, tmp_path / "out", pack)
+    (tmp_path / "out" / "prepare.json").unlink()
+    with pytest.raises(SystemExit, match="not how they were made"):
+        run(photos, tmp_path / "out", pack)
 
 
 def test_rendered_people_of_the_evaluation_are_refused(pack, tmp_path):
@@ -465,12 +521,11 @@ def test_near_duplicates_are_those_that_brute_force_finds():
     hashes[100:160] = hashes[:60] ^ flips
     embeddings = unit(rng.normal(size=(200, 16)))
     embeddings[100:150] = embeddings[:50]
-    groups = near_duplicates(hashes, embeddings, 4, 0.9)
-    for i in range(200):
-        for j in range(i):
-            near = np.bitwise_count(hashes[i] ^ hashes[j]) <= 4 and embeddings[i] @ embeddings[j] >= 0.9
-            assert near == (groups[i] == groups[j])
-    assert 20 < 200 - len(set(groups)) < 50
+    for bits in (0, 3, 4, 16):
+        groups = near_duplicates(hashes, embeddings, bits, 0.9, block=64)
+        near = np.bitwise_count(hashes[:, None] ^ hashes) <= bits
+        assert ((near & (embeddings @ embeddings.T >= 0.9)) == np.equal.outer(groups, groups)).all()
+    assert len(set(near_duplicates(hashes, embeddings, 4, 0.9))) not in (150, 200)  # some are near, and not all
 
 
 def test_people_are_told_apart_by_their_embeddings():
@@ -478,8 +533,9 @@ def test_people_are_told_apart_by_their_embeddings():
     centres = unit(rng.normal(size=(5, 64)))
     true = rng.integers(0, 5, 60)
     embeddings = unit(centres[true] + 0.08 * rng.normal(size=(60, 64)))
-    groups = same_people(embeddings, 0.5, block=7)
-    assert (np.equal.outer(groups, groups) == np.equal.outer(true, true)).all()
+    for options in ({"block": 7}, {"exact": 10}):  # the latter: as with millions of faces
+        groups = same_people(embeddings, 0.5, **options)
+        assert (np.equal.outer(groups, groups) == np.equal.outer(true, true)).all()
     # A face between two people would chain them: who is far from the mean of the chain stands alone.
     angles = np.radians(np.arange(0, 180, 30))
     chain = same_people(np.stack([np.cos(angles), np.sin(angles)], 1), 0.8)

@@ -65,10 +65,10 @@ def list_photos(source: str, out: Path) -> tuple[list[Photo], dict[str, str]]:
 
 
 def _photo(file: Path, folder: Path) -> Photo:
-    parts: dict[str, tuple[str, int, int | None]] = {"picture": (str(file), 0, None)}
+    parts: dict[str, tuple[str, int, int | None]] = {"picture": (str(file.absolute()), 0, None)}
     for kind in ("txt", "json"):
         if file.with_suffix(f".{kind}").is_file():
-            parts[kind] = (str(file.with_suffix(f".{kind}")), 0, None)
+            parts[kind] = (str(file.with_suffix(f".{kind}").absolute()), 0, None)
     return Photo(file.relative_to(folder).as_posix(), parts)
 
 
@@ -83,7 +83,7 @@ def _members(shard: Path, name: str) -> list[Photo]:
                 raise SystemExit(f"{name} holds people held out for evaluation ({person[1]}): train on others")
             kind = "picture" if kind.lower() in PICTURES else kind.lower()
             if member.isfile() and kind in ("picture", "txt", "json"):
-                samples[key][kind] = (str(shard), member.offset_data, member.size)
+                samples[key][kind] = (str(shard.absolute()), member.offset_data, member.size)
     return [Photo(f"{name}/{key}", parts) for key, parts in sorted(samples.items()) if "picture" in parts]
 
 

@@ -3,98 +3,20 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
 from facesnap.errors import InputError
-from facesnap.faces import CROP_SCALE, Face, FaceAnalyser
+from facesnap.faces import CROP_SCALE, FaceAnalyser
 from facesnap.heads import from_pretrained as read_head
 from facesnap.images import open_image
 from facesnap.landmarks import eye_distance, from_68, mirror
 from facesnap.predictor import LandmarkPredictor
-from facesnap.training.headmask import FaceParser, grab_hair, landmark_mask
-from facesnap.training.sources import Photo, given_caption
-
-MINI = Path("assets/mini")
-BLIP2 = "Salesforce/blip2-opt-2.7b"
-
-REASONS = (  # why a photo or a face is no sample, in the order in which they are looked at
-    "unreadable picture",
-    "unreadable caption",
-    "no face",
-    "weak detection",
-    "small face",
-    "unsteady landmarks",
-    "blurred",
-    "no mask",
-    "near-duplicate",
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that decides what the shards will hold."""
-
-    pack: str = str(MINI / "face_pack")
-    head: str | None = str(MINI / "head")
-    parser: str | None = None
-    captions: str = "given"
-    caption_model: str = BLIP2
-    identities: str = "embedding"
-    same_person: float = 0.5
-    resolution: int = 1024
-    max_side: int = 1536
-    context: float = 4.0
-    format: str = "jpg"
-    min_score: float = 0.6
-    min_face: int = 128
-    max_unsteadiness: float = 0.1
-    min_sharpness: float = 20.0
-    duplicate_bits: int = 4
-    duplicate_cosine: float = 0.9
-    samples_per_shard: int = 500
-    photos_per_part: int = 32
-    seed: int = 0
-
-
-class Captioner:
-    """BLIP-2 through transformers; `model` is its folder or its id on the Hub."""
-
-    def __init__(self, model: str, device: str = "cpu", batch_size: int = 8) -> None:
-        import torch
-        from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
-
-        self.dtype = torch.float32 if device == "cpu" else torch.float16
-        self.model = Blip2ForConditionalGeneration.from_pretrained(model, dtype=self.dtype).to(device).eval()
-        self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")  # the other needs torchvision
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.batch_size = batch_size
-
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        """A caption for each RGB uint8 picture (H, W, 3)."""
-        import torch
-
-        captions: list[str] = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = list(pictures[start : start + self.batch_size])
-            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
-            with torch.inference_mode():
-                ids = self.model.generate(
-                    pixel_values=pixels.to(self.model.device, self.dtype), max_new_tokens=40, do_sample=False
-                )
-            captions += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        return captions
-
-
-class Rejected(Exception):
-    """A photo or a face that is no sample: one of REASONS, and the figure that decided."""
-
-    def __init__(self, reason: str, figure: object) -> None:
-        super().__init__(reason)
-        self.reason, self.figure = reason, figure
+from facesnap.training.prepare.headmask import grab_hair, landmark_mask
+from facesnap.training.prepare.options import Options, Rejected
+from facesnap.training.prepare.sources import Photo, given_caption
 
 
 @dataclass
@@ -111,9 +33,9 @@ class Sample:
         arrays = io.BytesIO()
         np.savez(arrays, **self.arrays)
         return {
-            picture_format: _encoded(self.picture, picture_format),
-            "mask.png": _encoded(self.mask, "png"),
-            "crop.jpg": _encoded(self.crop, "jpg"),
+            picture_format: encoded(self.picture, picture_format),
+            "mask.png": encoded(self.mask, "png"),
+            "crop.jpg": encoded(self.crop, "jpg"),
             "npz": arrays.getvalue(),
         }
 
@@ -121,12 +43,10 @@ class Sample:
 class Preparer:
     """Photographs → samples, with the nets that takes. One to a process."""
 
-    def __init__(self, options: Options, device: str, providers: Sequence[str]) -> None:
+    def __init__(self, options: Options, providers: Sequence[str]) -> None:
         self.options = options
         self.analyser = FaceAnalyser(options.pack, tuple(providers))
         self.predictor = options.head and LandmarkPredictor(read_head(options.head))
-        self.parser = options.parser and FaceParser(options.parser, device)
-        self.captioner = Captioner(options.caption_model, device) if options.captions == "blip2" else None
 
     def photo(self, photo: Photo, rejects: list[dict[str, Any]]) -> list[Sample]:
         """The samples of one photograph, the largest face first; what falls out is added to `rejects`."""
@@ -136,6 +56,8 @@ class Preparer:
 
         try:
             image = open_image(photo.read("picture"), max_pixels=150_000_000, max_side=4096)
+        except FileNotFoundError as error:  # it was there when the photographs were listed
+            raise InputError(f"{photo.name} is gone, or this machine does not see the photographs") from error
         except (InputError, OSError) as error:
             reject(Rejected("unreadable picture", str(error)), None)
             return []
@@ -204,18 +126,10 @@ class Preparer:
             "found_by": found_by,
             "hash": f"{perceptual_hash(face.crop):016x}",
         }
-        mask = self.mask(picture, face)
+        mask = landmark_mask(face.landmarks, face.size)
+        if not options.parser:  # else that one will look at the picture later
+            mask = grab_hair(picture, face.landmarks, mask)
         return Sample(about, picture, mask, face.crop, {k: np.asarray(v, np.float32) for k, v in arrays.items()})
-
-    def mask(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        hull = landmark_mask(face.landmarks, face.size)
-        if not self.parser:
-            return grab_hair(picture, face.landmarks, hull)
-        mask = self.parser.mask(picture, face.box, face.landmarks)
-        covered = float((mask & hull).sum() / max(hull.sum(), 1))
-        if covered < 0.5:  # it took the head for something else
-            raise Rejected("no mask", round(covered, 2))
-        return mask
 
 
 def cut(photo: np.ndarray, box: np.ndarray, context: float, max_side: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -255,7 +169,7 @@ def perceptual_hash(crop: np.ndarray) -> int:
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
 
 
-def _encoded(image: np.ndarray, kind: str) -> bytes:
+def encoded(image: np.ndarray, kind: str) -> bytes:
     options = [cv2.IMWRITE_JPEG_QUALITY, 95] if kind == "jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 6]
     bgr = image[..., ::-1] if image.ndim == 3 else image
     return cv2.imencode(f".{kind}", np.ascontiguousarray(bgr), options)[1].tobytes()

@@ -1,0 +1,64 @@
+"""Everything that decides what the shards will hold, and why a photo or a face is no sample."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+MINI = Path("assets/mini")
+BLIP2 = "Salesforce/blip2-opt-2.7b"
+
+REASONS = (  # why a photo or a face is no sample, in the order in which they are looked at
+    "unreadable picture",
+    "unreadable caption",
+    "no face",
+    "weak detection",
+    "small face",
+    "unsteady landmarks",
+    "blurred",
+    "no mask",
+    "near-duplicate",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `--…` set; the defaults are for 1024²."""
+
+    pack: str = str(MINI / "face_pack")
+    head: str | None = str(MINI / "head")
+    parser: str | None = None
+    captions: str = "given"
+    caption_model: str = BLIP2
+    identities: str = "embedding"
+    same_person: float = 0.5
+    resolution: int = 1024
+    max_side: int = 1536
+    context: float = 4.0
+    format: str = "jpg"
+    min_score: float = 0.6
+    min_face: int = 128
+    max_unsteadiness: float = 0.1
+    min_sharpness: float = 20.0
+    duplicate_bits: int = 4
+    duplicate_cosine: float = 0.9
+    samples_per_shard: int = 500
+    photos_per_part: int = 32
+    seed: int = 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether large models look at the pictures once their faces are found."""
+        return self.parser is not None or self.captions == "blip2"
+
+    def absolute(self) -> "Options":
+        """With the folders of models as any working directory finds them; Hub ids stay."""
+        names = ("pack", "head", "parser", "caption_model")
+        places = {name: value for name in names if (value := getattr(self, name)) and Path(value).is_dir()}
+        return replace(self, **{name: str(Path(value).resolve()) for name, value in places.items()})
+
+
+class Rejected(Exception):
+    """A photo or a face that is no sample: one of REASONS, and the figure that decided."""
+
+    def __init__(self, reason: str, figure: object) -> None:
+        super().__init__(reason)
+        self.reason, self.figure = reason, figure

@@ -23,10 +23,10 @@ from insightface.model_zoo import get_model
 from insightface.utils.face_align import norm_crop
 
 from facesnap.errors import InputError
+from facesnap.geometry import square_crop
 
 SMALLEST = 32  # pixels: below this, an embedding says little about the person
 WEAKEST = 0.8  # of the best score in the picture: false alarms may be large, but they are weak
-CROP_SIZE, CROP_SCALE = 224, 1.8  # the encoder's picture; 1.8 boxes wide, so that the hair is in it
 CASCADES = (  # of OpenCV, and whether the picture is mirrored: there is one cascade for profiles
     ("frontalface_alt2", False),
     ("frontalface_default", False),
@@ -260,23 +260,6 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
     flat = landmarks[..., :2]
     eyes = [flat[..., 36:42, :].mean(-2), flat[..., 42:48, :].mean(-2)]
     return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
-
-
-def square_crop(image: np.ndarray, box: np.ndarray, *, nearest: bool = False) -> np.ndarray:
-    """(224, 224, …) around the box's centre, 1.8 times its longer side; the picture's edge goes on outside.
-
-    `nearest` for pictures of labels, which must not be mixed."""
-    side = CROP_SCALE * float(max(box[2] - box[0], box[3] - box[1]))
-    x0, y0 = ((box[:2] + box[2:]) / 2 - side / 2).round().astype(int)
-    side = max(2, round(side))
-    # Only the part of the picture that is seen is copied, whatever the picture's size.
-    height, width = image.shape[:2]
-    part = image[max(y0, 0) : max(min(y0 + side, height), 1), max(x0, 0) : max(min(x0 + side, width), 1)]
-    border = (max(-y0, 0), max(y0 + side - height, 0), max(-x0, 0), max(x0 + side - width, 0))
-    whole = cv2.copyMakeBorder(part, *border, cv2.BORDER_REPLICATE)
-    way = cv2.INTER_AREA if side > CROP_SIZE else cv2.INTER_CUBIC
-    way = cv2.INTER_NEAREST if nearest else way
-    return cv2.resize(whole, (CROP_SIZE, CROP_SIZE), interpolation=way)
 
 
 def haar(bgr: np.ndarray) -> np.ndarray:

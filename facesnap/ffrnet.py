@@ -5,8 +5,8 @@ ControlNet reads text, and a projection of them takes the place of SDXL's pooled
 on the conditional half of classifier-free guidance only, so that guidance strengthens the face as it does the text
 (added to both halves, its residuals cancel in their difference). At 1024² that is 1.20× the work of plain SDXL,
 where a ControlNet on both halves costs 1.40× (FaceSnap, arXiv 2602.00627; the half is our choice). The drawing is
-embedded once a picture rather than once a step, which is exact. What is not exact, and off unless asked for: residuals kept
-for some steps (`every`), and none at the last ones (`end`).
+embedded once a picture rather than once a step, which is exact. What is not exact, and off unless asked for:
+residuals kept for some steps (`every`), and none at the last ones (`end`).
 
 `attach` hooks a UNet rather than a pipeline, so any stock SDXL pipeline (text-to-image, image-to-image,
 inpainting, with LoRA or IP-Adapter) follows FFRNet while the `with` block lasts; after it nothing is changed.

@@ -1,4 +1,4 @@
-"""Pictures in and out: opening whatever a visitor brings, moving it by a matrix, and marking what the model made.
+"""Pictures in and out: opening whatever a visitor brings, and marking what the model made.
 
 Everything after this module sees RGB uint8 (H, W, 3), upright, of a bounded size. A picture's header is
 judged before its pixels are decoded, so that a small file cannot unfold into gigabytes.
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 from xml.sax.saxutils import escape
 
-import cv2
 import numpy as np
 import pi_heif
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -197,23 +196,6 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
             raise InputError(f"A float picture must lie in [0, 1], this one runs from {low:g} to {high:g}: rescale it.")
         return (array * 255 + 0.5).astype(np.uint8)
     raise InputError(f"An array of {array.dtype} is no picture: give uint8, uint16 or floats in [0, 1].")
-
-
-def warp(
-    picture: np.ndarray, matrix: np.ndarray, size: int | tuple[int, int], *, flags: int = cv2.INTER_LINEAR, **options
-) -> np.ndarray:
-    """`cv2.warpAffine` to `size` (height, width), or to a square of that side, without aliasing where it shrinks."""
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    if scale < 0.6:
-        factor = max(1.2 * scale, 4 / min(picture.shape[:2]))
-        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        ratio = np.array([small.shape[1] / picture.shape[1], small.shape[0] / picture.shape[0]])
-        # Whole numbers are pixel centres: shrinking by r takes p to r·p + (r − 1)/2.
-        linear = matrix[:, :2] / ratio
-        matrix = np.c_[linear, matrix[:, 2] - linear @ ((ratio - 1) / 2)]
-        picture = small
-    height, width = (size, size) if isinstance(size, int) else size
-    return cv2.warpAffine(picture, matrix, (width, height), flags=flags, **options)
 
 
 def save_png(image: np.ndarray | Image.Image, target: str | Path | BinaryIO, *, info: dict[str, str]) -> None:

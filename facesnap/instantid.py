@@ -39,10 +39,10 @@ from facesnap import landmarks as landmarks72
 from facesnap.errors import InputError
 from facesnap.faces import Face, five_points
 from facesnap.ffrnet import Variant, _rows, _scaled
+from facesnap.geometry import letterbox
 from facesnap.heads import Head
 from facesnap.mixer import MixerOutput
 from facesnap.pipeline import FaceSnapPipeline, PreviewResult, Source
-from facesnap.predictor import letterbox
 
 HEAD_WIDTH = 64  # of the resampler's attention; nothing in the file says it
 IDENTITY_SCALE = CONTROL_SCALE = 0.8  # InstantID's own defaults; what the caller gives multiplies them

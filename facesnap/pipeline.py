@@ -49,8 +49,9 @@ from transformers import CLIPVisionModel
 from facesnap import landmarks as landmarks72
 from facesnap import memory, templates
 from facesnap.errors import InputError, check_number, reading, shown
-from facesnap.faces import CROP_SCALE, Face, FaceAnalyser, Recogniser, cosine
+from facesnap.faces import Face, FaceAnalyser, Recogniser, cosine
 from facesnap.ffrnet import FFRNet, Variant, attach
+from facesnap.geometry import in_crop
 from facesnap.heads import Head, HeadModel
 from facesnap.heads import from_pretrained as read_head
 from facesnap.images import open_image
@@ -747,10 +748,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
     def _score_embedding(self, face: Face) -> np.ndarray:
         # the crop is enough for 112 pixels of face, and a `Face` need not come with its picture
-        left, top, right, bottom = face.box
-        side = CROP_SCALE * max(right - left, bottom - top)
-        corner = np.array([(left + right - side) / 2, (top + bottom - side) / 2])
-        return self.scorer.embed(face.crop, (face.keypoints - corner) * len(face.crop) / side)
+        return self.scorer.embed(face.crop, in_crop(face.keypoints, face.box))
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width), defaults filled in; InputError unless the VAE can make it."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from facesnap.errors import InputError, did_you_mean
+from facesnap.geometry import letterbox
 from facesnap.heads import Head, HeadModel, rotation_from_euler
 
 if TYPE_CHECKING:
@@ -103,14 +104,3 @@ class LandmarkPredictor:
         elif expression is not None:
             coefficients[:] = expression
         return coefficients
-
-
-def letterbox(points: np.ndarray, source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
-    """Points (..., 2) of a picture of size `source` → where they are when it is fitted whole into `target`.
-
-    Sizes are (height, width). One scale for both axes, and the picture centred. The halves are there because
-    whole numbers are the centres of pixels.
-    """
-    scale = min(target[0] / source[0], target[1] / source[1])
-    shift = (np.array(target[::-1]) - scale * np.array(source[::-1])) / 2
-    return ((points + 0.5) * scale + shift - 0.5).astype(np.float32)

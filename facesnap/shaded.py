@@ -12,8 +12,8 @@ import numpy as np
 from scipy.spatial import Delaunay
 
 from facesnap.errors import InputError
+from facesnap.geometry import letterbox
 from facesnap.heads import Head, HeadModel
-from facesnap.predictor import letterbox
 
 LIGHT = np.array([-0.4, 0.5, 0.77])  # from the upper left, towards the camera; x right, y up, z to the camera
 AMBIENT = 0.25

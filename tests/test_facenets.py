@@ -11,7 +11,7 @@ from insightface.model_zoo import get_model
 from insightface.utils.face_align import trans_points
 
 from facesnap import landmarks as lm
-from facesnap.images import warp
+from facesnap.geometry import moved, similarity, warp
 from facesnap.mini import augment as faceviews
 from facesnap.mini.checkpoint import store_half
 from facesnap.mini.nets.common import NetStage, to_input
@@ -92,7 +92,7 @@ def test_similarity_finds_what_was_done():
     rng = np.random.default_rng(1)
     points = rng.normal(size=(5, 2)) * 20
     matrix = faceviews.around((3, 4), 0.6, 1.8, (50, 60))
-    assert np.allclose(faceviews.similarity(points, faceviews.moved(points, matrix)), matrix, atol=1e-5)
+    assert np.allclose(similarity(points, moved(points, matrix)), matrix, atol=1e-5)
 
 
 def test_warp_moves_pixels_where_moved_says():

@@ -12,7 +12,7 @@ import toy_pack
 from insightface.utils.face_align import arcface_dst
 
 from facesnap.errors import InputError
-from facesnap.faces import FaceAnalyser, Recogniser, align, cosine, five_points, square_crop
+from facesnap.faces import FaceAnalyser, Recogniser, align, cosine, five_points
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 
@@ -169,16 +169,6 @@ def test_align_brings_the_points_home():
     assert crop.shape == (112, 112, 3)
     assert all(crop[round(float(y)), round(float(x))].min() > 200 for x, y in arcface_dst)
     assert five_points(np.repeat(points[:1], 68, axis=0)).shape == (5, 2)
-
-
-def test_crop_is_square_centred_and_continues_the_edge():
-    image = np.zeros((100, 200, 3), np.uint8)
-    image[:, :100] = (10, 20, 30)
-    image[40:60, 90:110] = 255
-    crop = square_crop(image, np.array([80, 40, 120, 60], np.float32))  # 72 pixels wide, inside
-    assert (crop[112, 112] == 255).all() and (crop[112, 10] == (10, 20, 30)).all() and (crop[112, 213] == 0).all()
-    tall = square_crop(image, np.array([-20, -60, 80, 60], np.float32))  # mostly outside
-    assert tall.shape == (224, 224, 3) and (tall[0, 0] == (10, 20, 30)).all()
 
 
 @pytest.mark.parametrize(

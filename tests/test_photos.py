@@ -10,6 +10,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
+from facesnap.geometry import moved
 from facesnap.landmarks import draw
 from facesnap.synthetic.dataset import read_shard
 from facesnap.training import photos
@@ -17,7 +18,6 @@ from facesnap.training.photos import (
     PhotoConfig,
     PhotoShards,
     bucket_sizes,
-    moved,
     photo_loader,
     place,
     placed,

@@ -10,7 +10,7 @@ from simulated_heads import expression_offsets, model, people
 from facesnap import landmarks
 from facesnap.errors import InputError
 from facesnap.heads import Head, rotation_from_euler
-from facesnap.predictor import LandmarkPredictor, letterbox
+from facesnap.predictor import LandmarkPredictor
 
 SIZE = (600, 600)
 
@@ -95,20 +95,6 @@ def test_driver_gives_pose_place_and_expression_reference_gives_shape(predictor)
     calm = heads.project(replace(driver, identity=shape.identity, expression=np.zeros(4)))
     assert np.allclose(predictor.predict(shape, driver, SIZE, strength=0), calm, atol=1e-3)
     assert np.allclose(predictor.predict(driver, driver, SIZE), heads.project(driver), atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "source, target", [((600, 600), (832, 1216)), ((300, 900), (512, 512)), ((64, 48), (768, 1024))]
-)
-def test_letterbox_never_stretches(source, target):
-    corners = np.array([[-0.5, -0.5], [source[1] - 0.5, -0.5], [source[1] - 0.5, source[0] - 0.5]])
-    placed = letterbox(corners, source, target)
-    across, down = np.linalg.norm(np.diff(placed, axis=0), axis=1)
-    assert across / down == pytest.approx(source[1] / source[0], rel=1e-4)
-    assert (placed > -0.51).all() and (placed < np.array(target[::-1]) - 0.49).all()  # the whole picture is in
-    assert across == pytest.approx(target[1]) or down == pytest.approx(target[0])  # and touches two sides
-    middle = placed[[0, 2]].mean(axis=0)
-    assert np.allclose(middle, (np.array(target[::-1]) - 1) / 2, atol=1e-3)
 
 
 def test_several_references_are_one_head(predictor):

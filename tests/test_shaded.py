@@ -9,8 +9,8 @@ from tiny import SIZE, photo
 
 from facesnap import shaded, templates
 from facesnap.errors import InputError
+from facesnap.geometry import letterbox
 from facesnap.heads import LinearHeadModel
-from facesnap.predictor import letterbox
 from page import views
 from page.order import Sitting
 from page.studio import Studio

@@ -16,7 +16,7 @@ import numpy as np
 
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
-from facesnap.images import warp
+from facesnap.geometry import moved, similarity, warp
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
 
 Rng = np.random.Generator
@@ -99,24 +99,6 @@ def _camera(head: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     """The scaled-orthographic camera that took `head` (N, 3) to `flat` (N, 2): its rows, and its origin."""
     solution = np.linalg.lstsq(np.c_[head, np.ones(len(head))], flat, rcond=None)[0]
     return solution[:3, 0], solution[:3, 1], solution[3]
-
-
-def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The 2 × 3 rotation, scaling and shift that brings points (N, 2) closest to others (Umeyama, 1991)."""
-    a, b = source - source.mean(0), target - target.mean(0)
-    u, s, vt = np.linalg.svd(b.T @ a)
-    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt))])
-    turn = (s * sign).sum() / (a**2).sum() * (u * sign) @ vt
-    return np.c_[turn, target.mean(0) - turn @ source.mean(0)]
-
-
-def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Points (N, 2) or (N, 3) after a 2 × 3 similarity; z grows with its scale."""
-    flat = points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-    if points.shape[1] == 2:
-        return flat.astype(np.float32)
-    depth = points[:, 2:] * np.sqrt(np.linalg.det(matrix[:, :2]))
-    return np.concatenate([flat, depth], axis=1).astype(np.float32)
 
 
 def around(centre, angle: float, scale: float, target) -> np.ndarray:

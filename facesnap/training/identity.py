@@ -27,6 +27,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from facesnap.geometry import similarity
 from facesnap.training.losses import predicted_latents
 
 FACE = 112  # side of a recogniser's crop, pixels
@@ -187,17 +188,10 @@ def _scale_and_shift(node: onnx.NodeProto, value: Callable[[str], Tensor]) -> tu
 def crop_to_picture(keypoints: np.ndarray) -> np.ndarray:
     """(B, 2, 3): where in the picture a point of ArcFace's crop lies, both in pixels.
 
-    keypoints (B, 5, 2). The inverse of the similarity that brings them to ArcFace's template in least squares
-    (Umeyama, 1991): in the plane a product of complex numbers.
+    keypoints (B, 5, 2). The inverse of the similarity that brings them to ArcFace's template in least squares.
     """
-    z = keypoints[..., 0] + 1j * keypoints[..., 1]
-    w = np.broadcast_to(arcface_dst[:, 0] + 1j * arcface_dst[:, 1], z.shape)
-    z0, w0 = z.mean(1, keepdims=True), w.mean(1, keepdims=True)
-    turn = (np.conj(z - z0) * (w - w0)).sum(1) / (np.abs(z - z0) ** 2).sum(1)  # w ≈ turn · z + rest
-    back = 1 / turn
-    rest = z0[:, 0] - back * w0[:, 0]
-    rows = [[back.real, -back.imag, rest.real], [back.imag, back.real, rest.imag]]
-    return np.array(rows, np.float64).transpose(2, 0, 1)
+    back = np.linalg.inv(np.insert(similarity(keypoints, arcface_dst), 2, [0, 0, 1], axis=-2))
+    return back[..., :2, :]
 
 
 def crop_faces(pictures: Tensor, matrices: np.ndarray) -> Tensor:

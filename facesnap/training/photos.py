@@ -31,8 +31,8 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from facesnap.faces import CROP_SIZE, align
-from facesnap.images import warp
+from facesnap.faces import align
+from facesnap.geometry import CROP_SIZE, moved, resized, warp
 from facesnap.landmarks import NUM, draw
 
 Batch = dict[str, Any]
@@ -295,11 +295,6 @@ def place(target: "_Picture", size: tuple[int, int], rng: np.random.Generator | 
     return np.column_stack([linear, offset + linear @ [0.5, 0.5] - 0.5]), scale
 
 
-def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Points (N, 2) under a matrix (2, 3)."""
-    return (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
-
-
 def placed(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], padding: tuple[int, ...]) -> np.ndarray:
     """A uint8 picture or mask under a matrix (2, 3) in a bucket (height, width); `padding` where it ends."""
     way = cv2.INTER_CUBIC if np.linalg.det(matrix[:, :2]) > 1 and image.ndim == 3 else cv2.INTER_LINEAR
@@ -436,8 +431,8 @@ class _Item:
         key = str(members["__key__"])
         arrays = _arrays(members, key)
         crop = _image(members, "crop.jpg", key, (CROP_SIZE, CROP_SIZE))
-        x0, y0, side = arrays["crop_box"]
-        points = (arrays["keypoints"] - [x0, y0] + 0.5) * CROP_SIZE / side - 0.5
+        side = arrays["crop_box"][2]
+        points = resized(arrays["keypoints"], CROP_SIZE / side, arrays["crop_box"][:2])
         return arrays["embeddings"][0], crop, align(crop, points)
 
 

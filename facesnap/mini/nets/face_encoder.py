@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from facesnap.evaluation.metrics import linear_probe
-from facesnap.faces import box_around, square_crop
-from facesnap.images import warp
+from facesnap.faces import box_around
+from facesnap.geometry import square_crop, warp
 from facesnap.mini import augment as views
 from facesnap.mini.nets.tokenizer import token_ids
 from facesnap.pipeline import face_pixels
@@ -150,7 +150,7 @@ def view(
     if rng.random() < 0.8:
         kinds = cv2.warpAffine(labels, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         picture = views.as_photograph(picture, kinds, backgrounds, rng)
-    if rng.random() < 0.5:  # a picture that ends near the face, most often below, as `faces.square_crop` extends it
+    if rng.random() < 0.5:  # a picture that ends near the face, most often below, as `geometry.square_crop` extends it
         top, bottom, left, right = (rng.uniform(0, (0.12, 0.35, 0.16, 0.16)) * SIDE).astype(int)
         kept = picture[top : SIDE - bottom, left : SIDE - right]
         picture = cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_REPLICATE)

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from facesnap.images import warp
+from facesnap.geometry import warp
 
 # The skull with short hair: an ellipsoid in the frame of the face (x to the picture's right, y from chin to brows, z
 # out of the face), which begins at the nasion; lengths are distances from nasion to chin. Fitted to rendered heads.

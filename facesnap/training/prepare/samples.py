@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from facesnap.errors import InputError
-from facesnap.faces import CROP_SCALE, FaceAnalyser
+from facesnap.faces import FaceAnalyser
+from facesnap.geometry import CROP_SCALE, crop_window, resized
 from facesnap.heads import from_pretrained as read_head
 from facesnap.images import open_image
 from facesnap.landmarks import eye_distance, from_68, mirror
@@ -90,7 +91,7 @@ class Preparer:
         if side < options.min_face:
             raise Rejected("small face", round(side, 1))
         picture, corner, scale = cut(photo, box, options.context, options.max_side)
-        box = ((box - np.tile(corner, 2) + 0.5) * scale - 0.5).astype(np.float32)
+        box = resized(box, scale, np.tile(corner, 2)).astype(np.float32)
         face = self.analyser.describe(picture, box, score, found_by=found_by)
         width = picture.shape[1]
         flipped = np.ascontiguousarray(picture[:, ::-1])
@@ -112,7 +113,7 @@ class Preparer:
             "landmarks": landmarks,
             "box": box,
             "keypoints": face.keypoints,
-            "crop_box": crop_box(box),
+            "crop_box": np.hstack(crop_window(box)),
         }
         if self.predictor:
             head = self.predictor.reconstruct(face)[0]
@@ -146,13 +147,6 @@ def cut(photo: np.ndarray, box: np.ndarray, context: float, max_side: int) -> tu
         size = [max(1, round(side * scale)) for side in part.shape[1::-1]]
         part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
     return part, np.array([x0, y0], np.float32), scale
-
-
-def crop_box(box: np.ndarray) -> np.ndarray:
-    """x0, y0 and side of what `faces.square_crop` cuts out."""
-    side = CROP_SCALE * float(max(box[2] - box[0], box[3] - box[1]))
-    corner = ((box[:2] + box[2:]) / 2 - side / 2).round()
-    return np.array([*corner, max(2, round(side))], np.float32)
 
 
 def sharpness(crop: np.ndarray) -> float:

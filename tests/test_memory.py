@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny import photo, tiny_pipeline
 from tiny_instantid import tiny_instantid
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.training import LiveBytes, sdxl_vae
 from facesnap import memory
 from facesnap.errors import InputError
 
@@ -45,6 +47,23 @@ def test_low_stores_what_runs_at_every_step_in_8_bits(full, low_pipe):
     picture = portrait(low_pipe)
     assert 0 < np.abs(picture - full).mean() < 0.1
     assert FP8 in stored(low_pipe.unet)  # a call does not undo it
+
+
+def test_low_decodes_1024_pixels_in_less_than_a_gigabyte():
+    """Counted on tensors without content, in float32, as SDXL's own VAE must decode."""
+
+    def peak(lower):
+        with FakeTensorMode():
+            vae = sdxl_vae()
+            lower(vae)
+            vae.blend_v = vae.blend_h = lambda above, below, extent: below  # row by row: slow here, and no memory
+            with torch.no_grad(), LiveBytes(list(vae.parameters())) as live:
+                assert vae.decode(torch.zeros(1, 4, 128, 128)).sample.shape == (1, 3, 1024, 1024)
+        return live.peak
+
+    whole, tiled = peak(lambda vae: None), peak(memory._tile)
+    assert whole > 3.2e9 and tiled < 0.83e9
+    assert peak(lambda vae: vae.enable_tiling()) == whole  # diffusers' own tiles are as large as the picture
 
 
 def test_layers_that_come_and_go_change_nothing(low_pipe):

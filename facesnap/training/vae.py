@@ -1,4 +1,4 @@
-"""The mini's VAE: pictures of 256² to latents of 16 × 16 × 16 and back.
+"""The mini's VAE: pictures of 256² to latents of 32 × 16 × 16 and back.
 
 It is a stock diffusers `AutoencoderKL`, so that a stock `StableDiffusionXLPipeline` loads it. That
 pipeline knows one scaling factor for all channels; ours have a mean and a deviation each, which are
@@ -6,15 +6,19 @@ folded into the 1 × 1 convolutions around the latents when training ends (`fold
 factor is 1.
 
     python -m facesnap.training.vae --data DIR --out DIR --export DIR --minutes M [--threads T]
+    python -m facesnap.training.vae … --start DIR --critic           # and texture: the last third of the training
     python -m facesnap.training.vae … --latents FILE --start DIR     # the decoder alone: latents stay what they were
+    torchrun --nproc-per-node 2 -m facesnap.training.vae … --steps N # by processes, which count steps
 
 Training goes by crops of 128², more often around the eyes and the mouth, which are small and matter most, and
-weighs them up in the loss as well.
+weighs them up in the loss as well. Encoder and decoder learn together. `--features` asks that frozen nets read the
+decoded face as they read the true one.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,17 +26,23 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import CLIPVisionModel
 
+from facesnap.faces import five_points
+from facesnap.landmarks import to_68
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
+from facesnap.training.identity import load_recogniser
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig, write_whole
+from facesnap.training.vae_losses import FaceFeatures, PatchCritic
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 32
 WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
 DECODER_NOISE = 0.05  # on latents of deviation 1: what a denoiser makes is not exact
+MOST_NOISE = 0.3  # the same where the encoder learns too, from none to this much over a batch, seldom much
 VALIDATION = 40  # one person in so many is never trained on
 
 
-def make_vae(widths: Sequence[int] = WIDTHS) -> AutoencoderKL:
+def make_vae(widths: Sequence[int] = WIDTHS, channels: int = LATENT_CHANNELS) -> AutoencoderKL:
     """A fresh VAE; each width after the first halves the picture."""
     levels = len(widths)
     vae = AutoencoderKL(
@@ -40,14 +50,48 @@ def make_vae(widths: Sequence[int] = WIDTHS) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(widths),
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=256,
         scaling_factor=1.0,
         force_upcast=False,
     )
     # Start with little noise on the latents (σ = e^-2): a picture that gets through teaches more.
-    nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -4.0)
+    nn.init.constant_(vae.quant_conv.bias[channels:], -4.0)
+    return vae
+
+
+@torch.no_grad()
+def widened(old: AutoencoderKL, channels: int) -> AutoencoderKL:
+    """A VAE with more latent channels that begins where `old` stands: its latents are the first ones, and the decoder
+    makes little of the others yet."""
+    before = old.config.latent_channels
+    vae = make_vae(old.config.block_out_channels, channels)
+    fresh = vae.state_dict()
+    moments = torch.cat([torch.arange(before), channels + torch.arange(before)])  # means, then log variances
+    for name, value in old.state_dict().items():
+        if name.startswith("encoder.conv_out."):
+            fresh[name][moments] = value
+        elif name.startswith("quant_conv."):
+            fresh[name][moments] = 0
+            if name.endswith("weight"):
+                fresh[name][:] = torch.eye(2 * channels)[..., None, None]
+                fresh[name][moments[:, None], moments] = value
+            else:
+                fresh[name][moments] = value
+        elif name.startswith("post_quant_conv."):
+            if name.endswith("weight"):
+                fresh[name][:] = torch.eye(channels)[..., None, None]
+                fresh[name][:before, :before] = value
+            else:
+                fresh[name][:] = 0
+                fresh[name][:before] = value
+        elif name == "decoder.conv_in.weight":
+            fresh[name][:, before:] *= 0.3
+            fresh[name][:, :before] = value
+        else:
+            fresh[name] = value
+    vae.load_state_dict(fresh)
     return vae
 
 
@@ -67,8 +111,12 @@ class VaeStage(Stage):
         crop: int = 128,
         kl: float = 2e-5,
         latents: np.ndarray | None = None,
+        features: FaceFeatures | None = None,
+        critic: PatchCritic | None = None,
+        adversarial: float = 0.05,
     ) -> None:
         self.vae = vae
+        self.features, self.critic, self.adversarial = features, critic, adversarial
         self.folder = folder
         self.batch_size = batch_size
         self.crop = crop
@@ -87,7 +135,7 @@ class VaeStage(Stage):
         self.held_people = self.people
 
     def refresh(self) -> None:
-        if self.latents is None:
+        if self.latents is None and self.world == 1:  # processes would decode new shards at the same time
             self._load()
 
     def _load(self) -> None:
@@ -96,25 +144,32 @@ class VaeStage(Stage):
         self.people = people
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"vae": self.vae}
+        return {"vae": self.vae} | ({} if self.critic is None else {"critic": self.critic})
+
+    def rates(self) -> dict[str, float]:
+        return {"critic": 0.5}
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        images, weights, latents = [], [], []
+        images, weights, latents, keypoints = [], [], [], []
         for _ in range(self.batch_size):
             row = int(rng.choice(self.rows))
             x, y = crop_corner(self.people, row, self.crop, rng)
             if self.latents is not None:
                 x, y = x // self.factor * self.factor, y // self.factor * self.factor
             image, weight = crop_and_weight(self.people, row, x, y, self.crop)
+            points = five_points(to_68(self.people.landmarks[row])) - (x, y)
             if self.latents is not None:
                 side, left, top = self.crop // self.factor, x // self.factor, y // self.factor
                 latents.append(self.latents[row, :, top : top + side, left : left + side])
                 self._ignore_cut_sides(weight, x, y)
             elif rng.random() < 0.5:
                 image, weight = image[:, ::-1], weight[:, ::-1]
+                points = np.stack([self.crop - 1 - points[:, 0], points[:, 1]], 1)[[1, 0, 2, 4, 3]]
             images.append(image)
             weights.append(weight)
+            keypoints.append(points)
         batch = {"images": to_tensor(np.stack(images)), "weights": torch.from_numpy(np.stack(weights)[:, None])}
+        batch["keypoints"] = torch.from_numpy(np.stack(keypoints).astype(np.float32))
         return batch | ({"latents": torch.from_numpy(np.stack(latents)).float()} if latents else {})
 
     def _ignore_cut_sides(self, weight: np.ndarray, x: int, y: int) -> None:
@@ -131,16 +186,30 @@ class VaeStage(Stage):
         if self.latents is None:
             posterior = self.vae.encode(images).latent_dist
             mean, deviation = posterior.mean, posterior.std
+            amount = MOST_NOISE * torch.linspace(0, 1, len(mean)).square()[:, None, None, None]
+            deviation = deviation + amount * mean.detach().float().std((0, 2, 3), keepdim=True)
             logs["kl"] = (
                 0.5 * (mean.float().square() + deviation.float().square() - 1 - posterior.logvar.float()).mean()
             )
         else:
             mean, deviation = batch["latents"], DECODER_NOISE
-        noise = torch.randn(mean.shape, generator=generator, device=images.device)
-        error = self.vae.decode(mean + deviation * noise).sample.float() - images
+        # every process draws for all of them, and takes its part
+        everyone, own = len(mean) * self.world, slice(self.rank, None, self.world)
+        noise = torch.randn((everyone, *mean.shape[1:]), generator=generator, device=images.device)[own]
+        decoded = self.vae.decode(mean + deviation * noise).sample.float()
+        error = decoded - images
         loss = reconstruction_loss(error, batch["weights"])
         logs["psnr"] = 10 * torch.log10(4 / error.detach().square().mean())
-        return loss + self.kl * logs["kl"] if "kl" in logs else loss, logs
+        if "kl" in logs:
+            loss = loss + self.kl * logs["kl"]
+        if self.features is not None:
+            logs["identity"], logs["states"] = self.features(decoded, images, batch["keypoints"].numpy())
+            loss = loss + 0.3 * logs["identity"] + 0.1 * logs["states"]
+        if self.critic is not None:
+            seen = (batch["weights"] > 0).float()
+            logs["fooled"], logs["texture"], logs["critic"] = self.critic.judge(decoded * seen, images * seen)
+            loss = loss + self.adversarial * logs["fooled"] + 0.5 * logs["texture"] + logs["critic"]
+        return loss, logs
 
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> dict[str, float]:
@@ -158,7 +227,8 @@ class VaeStage(Stage):
         columns = np.linspace(0, len(self.held) - 1, min(6, len(self.held))).astype(int)
         sheet = np.vstack([np.hstack(originals[columns]), np.hstack(decoded[columns])])
         cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-        return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes))}
+        sharpness = float(np.median([_laplacian(d) / _laplacian(o) for d, o in zip(decoded, originals, strict=True)]))
+        return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes)), "val_laplacian": sharpness}
 
 
 def crop_corner(people: People, row: int, crop: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -249,7 +319,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def export(trainer: Trainer, stage: VaeStage, folder: Path) -> None:
     """Save the EMA weights with normalised latents (as they are where the encoder was frozen)."""
-    vae = make_vae(stage.vae.config.block_out_channels)
+    vae = make_vae(stage.vae.config.block_out_channels, stage.vae.config.latent_channels)
     with trainer.averaged():
         vae.load_state_dict(stage.vae.state_dict())
     if stage.latents is None:
@@ -266,6 +336,11 @@ def _box(points: np.ndarray, margin: int, size: tuple[int, ...]) -> tuple[np.nda
     return low, high
 
 
+def _laplacian(image: np.ndarray) -> float:
+    """Variance of the Laplacian: how sharp a picture is."""
+    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+
 def _psnr(square: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(float(square.mean()), 1e-9)))
 
@@ -276,13 +351,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and sheet")
     parser.add_argument("--export", type=Path, help="where the VAE is saved in the end (default: OUT/vae)")
     parser.add_argument("--minutes", type=float, default=55)
+    parser.add_argument("--steps", type=int, help="instead of minutes; what several processes need")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--start", type=Path, help="a saved VAE to go on from")
+    parser.add_argument("--start", type=Path, help="a saved VAE to go on from; one of fewer channels is widened")
+    parser.add_argument("--features", type=Path, help="a checkpoint whose recogniser and face encoder compare faces")
+    parser.add_argument("--critic", action="store_true", help="ask for texture too, by a critic that learns beside it")
     parser.add_argument(
         "--latents", type=Path, help="of all pictures in DATA (stage features writes them): the decoder alone learns"
     )
@@ -295,16 +373,29 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()
+    if vae.config.latent_channels != LATENT_CHANNELS and args.latents is None:
+        vae = widened(vae, LATENT_CHANNELS)
+    features = None
+    if args.features:
+        encoder = CLIPVisionModel.from_pretrained(args.features / "face_encoder", dtype=torch.float32)
+        features = FaceFeatures(load_recogniser(args.features / "face_pack" / "recogniser.onnx"), encoder)
     latents = np.load(args.latents, mmap_mode="r") if args.latents else None
-    stage = VaeStage(vae, args.data, batch_size=args.batch, crop=args.crop, latents=latents)
+    critic = PatchCritic() if args.critic else None
+    stage = VaeStage(
+        vae, args.data, batch_size=args.batch, crop=args.crop, latents=latents, features=features, critic=critic
+    )
+    ends: dict[str, Any] = {"minutes": args.minutes}
+    if args.steps is not None:
+        ends = {"steps": args.steps, "checkpoint_every": 200, "sheet_every": 400}
     config = TrainerConfig(
-        args.out, minutes=args.minutes, optimiser="muon", lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4,
-        ema=0.995, seed=args.seed, device=args.device,
+        args.out, optimiser="muon", lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995, seed=args.seed,
+        device=args.device, log_every=20, **ends,
     )  # fmt: skip
     trainer = Trainer(stage, config)
     if not args.export_only:
         trainer.train()
-    export(trainer, stage, args.export or args.out / "vae")
+    if trainer.accelerator.is_main_process:
+        export(trainer, stage, args.export or args.out / "vae")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers import CLIPVisionModel
 from facesnap.faces import five_points
 from facesnap.landmarks import to_68
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
-from facesnap.training.identity import load_recogniser
+from facesnap.training.identity import IResNet
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig, write_whole
 from facesnap.training.vae_losses import FaceFeatures, PatchCritic
 
@@ -378,7 +378,7 @@ def main() -> None:
     features = None
     if args.features:
         encoder = CLIPVisionModel.from_pretrained(args.features / "face_encoder", dtype=torch.float32)
-        features = FaceFeatures(load_recogniser(args.features / "face_pack" / "recogniser.onnx"), encoder)
+        features = FaceFeatures(IResNet.from_onnx(args.features / "face_pack" / "recogniser.onnx"), encoder)
     latents = np.load(args.latents, mmap_mode="r") if args.latents else None
     critic = PatchCritic() if args.critic else None
     stage = VaeStage(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -13,16 +14,10 @@ from torch.utils.data import DataLoader
 from facesnap.geometry import moved
 from facesnap.landmarks import draw
 from facesnap.synthetic.dataset import read_shard
-from facesnap.training import photos
-from facesnap.training.photos import (
-    PhotoConfig,
-    PhotoShards,
-    bucket_sizes,
-    photo_loader,
-    place,
-    placed,
-    time_ids,
-)
+from facesnap.training import shards as shard_files
+from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
+from facesnap.training.placing import ENLARGED, bucket_sizes, place, placed, time_ids
+from facesnap.training.references import alone, relit
 
 SMALL = PhotoConfig(resolution=128, batch_size=2)
 
@@ -85,7 +80,8 @@ def test_a_batch_is_what_it_says(prepared):
 def test_references_are_other_pictures_of_the_same_person(prepared, stored):
     source = {key: json.loads(parts["json"])["source"] for key, parts in stored.items()}
     owner = {arrays_of(parts)["embeddings"][0].tobytes(): key for key, parts in stored.items()}
-    for batch in take(PhotoShards(prepared.out, PhotoConfig(resolution=128, batch_size=3)), 4):
+    config = PhotoConfig(resolution=128, batch_size=3, worse_share=0)
+    for batch in take(PhotoShards(prepared.out, config), 4):
         assert not batch["same_picture"].any() and batch["reference_mask"][:, 0].all()
         for i, key in enumerate(batch["keys"]):
             count = int(batch["reference_mask"][i].sum())
@@ -100,16 +96,58 @@ def test_references_are_other_pictures_of_the_same_person(prepared, stored):
 def test_a_lone_picture_is_its_own_reference_but_not_pixel_for_pixel(prepared, stored, tmp_path):
     rewrite(prepared.out, tmp_path, lambda key, parts: parts if key.endswith("_0000") else None)
     crops = []
-    for batch in take(PhotoShards(tmp_path, PhotoConfig(resolution=128, batch_size=3)), 2):
+    for batch in take(PhotoShards(tmp_path, PhotoConfig(resolution=128, batch_size=3, lone_share=1)), 2):
         assert batch["same_picture"].all() and batch["reference_mask"].tolist() == [[True]] * 3
         for i, key in enumerate(batch["keys"]):
             assert torch.equal(batch["embeddings"][i, 0], torch.from_numpy(arrays_of(stored[key])["embeddings"][1]))
             crop = cv2.imdecode(np.frombuffer(stored[key]["crop.jpg"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
             apart = np.abs(batch["crops"][i, 0].numpy().astype(int) - crop).mean()
-            assert 5 < apart < 100  # another crop in other colours, and still the picture
+            assert apart > 15  # another crop, another light, mostly another background
             crops.append((key, batch["crops"][i, 0]))
     first, second = (next(c for k, c in part if k == crops[0][0]) for part in (crops[:3], crops[3:]))
     assert not torch.equal(first, second)  # a new one each epoch
+
+
+def test_a_reference_of_the_same_picture_keeps_the_head_alone():
+    crop = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    head = cv2.circle(np.zeros((224, 224), np.uint8), (112, 112), 60, (255,), -1)
+    inside, outside = (cv2.erode(mask, np.ones((15, 15))) > 0 for mask in (head, 255 - head))
+    shades = []
+    for seed in range(4):
+        bare = alone(crop, head, np.random.default_rng(seed))
+        assert np.array_equal(bare[inside], crop[inside])
+        flat = bare[outside].astype(float)
+        assert np.abs(np.corrcoef(flat.ravel(), crop[outside].ravel())[0, 1]) < 0.02  # nothing of what was there
+        lit = relit(np.full_like(crop, 128), np.random.default_rng(seed)).astype(float)
+        assert not lit.std(axis=2).any()  # not coloured
+        shades.append(np.ptp(lit))
+    assert max(shades) > 20  # brighter on one side
+
+
+def test_lone_pictures_come_less_often_and_always_the_same(prepared, stored, tmp_path):
+    rewrite(prepared.out, tmp_path, lambda key, parts: parts if key.endswith(("_0000", "0_0001")) else None)
+    config = PhotoConfig(resolution=64, batch_size=1, lone_share=0.5)
+    batches = take(PhotoShards(tmp_path, config), 60)
+    lone = [batch["same_picture"].item() for batch in batches]
+    epochs = batches[-1]["epochs"][0]
+    assert 2 * epochs <= lone.count(False) <= 2 * epochs + 2  # one person has two pictures: each comes every time
+    assert 0.5 * epochs < lone.count(True) < 1.6 * epochs  # two have one each
+    later = take(PhotoShards(tmp_path, PhotoConfig(resolution=64, batch_size=1, lone_share=0.5), position=50), 10)
+    assert all(equal(a, b) for a, b in zip(later, batches[50:], strict=True))
+
+
+def test_some_references_are_covered_dark_or_blurred(prepared, stored):
+    owner = {arrays_of(parts)["worse_embedding"].tobytes(): parts for parts in stored.values()}
+    kinds = {json.loads(parts["json"])["worse"] for parts in stored.values()}
+    assert len(kinds) > 1 and kinds <= {"covered", "dark", "blurred"}
+    (bad,) = take(PhotoShards(prepared.out, PhotoConfig(resolution=128, batch_size=5, worse_share=1)), 1)
+    (good,) = take(PhotoShards(prepared.out, PhotoConfig(resolution=128, batch_size=5, worse_share=0)), 1)
+    for i in range(5):
+        parts = owner[bad["embeddings"][i, 0].numpy().tobytes()]
+        crop = cv2.imdecode(np.frombuffer(parts["worse.jpg"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        assert np.array_equal(bad["crops"][i, 0].numpy(), crop)
+    for name in ("reference_faces", "pixels", "landmarks"):  # φ compares with the good one
+        assert torch.equal(bad[name], good[name])
 
 
 def test_aligned_faces_show_the_face(prepared, stored):
@@ -117,7 +155,7 @@ def test_aligned_faces_show_the_face(prepared, stored):
     from facesnap.faces import align
 
     owner = {arrays_of(parts)["embeddings"][0].tobytes(): parts for parts in stored.values()}
-    (batch,) = take(PhotoShards(prepared.out, PhotoConfig(resolution=128, batch_size=5)), 1)
+    (batch,) = take(PhotoShards(prepared.out, PhotoConfig(resolution=128, batch_size=5, worse_share=0)), 1)
     for i in range(5):
         parts = owner[batch["embeddings"][i, 0].numpy().tobytes()]
         picture = cv2.imdecode(np.frombuffer(parts["jpg"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
@@ -141,7 +179,7 @@ class Painted:
             cv2.circle(self.picture, (int(x), int(y)), 3, (255, 255, 255), -1)
 
 
-@pytest.mark.parametrize("size", [(256, 256), (320, 192), (96, 160), (512, 512)])
+@pytest.mark.parametrize("size", [(256, 256), (320, 192), (96, 160), (384, 384)])
 def test_picture_mask_and_landmarks_move_together(size):
     target = Painted()
     rng = np.random.default_rng(0)
@@ -165,6 +203,15 @@ def test_picture_mask_and_landmarks_move_together(size):
     assert np.ptp(angles) > 15 and max(np.abs(angles)) <= 15
     assert np.ptp(np.log(scales)) > 0.1
     assert padded > 2
+
+
+def test_nothing_is_enlarged_to_mere_blur():
+    target = Painted(150, 150, (75, 75), 20)
+    for seed in range(8):
+        assert place(target, (1024, 1024), np.random.default_rng(seed))[1] <= ENLARGED == 2
+    matrix, scale = place(target, (1024, 1024), None)
+    image = placed(target.picture, matrix, (1024, 1024), (127, 127, 127))
+    assert scale == 2 and (image != 127).any(axis=2).sum() == pytest.approx(300**2, rel=0.05)  # padded around
 
 
 def test_a_head_larger_than_the_bucket_is_shrunk_into_it():
@@ -291,7 +338,9 @@ def test_a_run_goes_on_where_it_was(prepared, workers):
 def test_what_was_had_before_is_not_opened_again(prepared, monkeypatch):
     opened = []
     tarfile_samples = webdataset.tarfile_samples
-    monkeypatch.setattr(photos.webdataset, "tarfile_samples", lambda src: opened.append(src) or tarfile_samples(src))
+    monkeypatch.setattr(
+        shard_files.webdataset, "tarfile_samples", lambda src: opened.append(src) or tarfile_samples(src)
+    )
     dataset = PhotoShards(prepared.out, PhotoConfig(resolution=64, batch_size=3), position=2000)
     (batch,) = take(dataset, 1)
     assert len(opened) == 1 and min(batch["epochs"]) == 2000 // 3
@@ -339,6 +388,16 @@ def test_no_shards_are_named(tmp_path):
         PhotoShards(tmp_path, SMALL)
     with pytest.raises(FileNotFoundError, match="there is no shard .*000001.tar"):
         PhotoShards(str(tmp_path / "shard-{000001..000002}.tar"), SMALL)
+
+
+def test_shards_of_two_prepares_do_not_mix(prepared, tmp_path):
+    for shard in sorted(prepared.out.glob("shard-*")):
+        shutil.copy(shard, tmp_path)
+    assert PhotoShards(tmp_path, SMALL).fingerprint == PhotoShards(prepared.out, SMALL).fingerprint
+    file = tmp_path / "shard-000001.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prepared": "another"}))
+    with pytest.raises(ValueError, match="of 2 different runs of prepare"):
+        PhotoShards(tmp_path, SMALL).fingerprint  # noqa: B018
 
 
 def test_more_readers_than_pictures(prepared):

@@ -18,6 +18,7 @@ from facesnap.predictor import LandmarkPredictor
 from facesnap.training.prepare.headmask import grab_hair, landmark_mask
 from facesnap.training.prepare.options import Options, Rejected
 from facesnap.training.prepare.sources import Photo, given_caption
+from facesnap.training.prepare.worse import worse
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sample:
     picture: np.ndarray
     mask: np.ndarray
     crop: np.ndarray
+    worse: np.ndarray
     arrays: dict[str, np.ndarray]
 
     def members(self, picture_format: str) -> dict[str, bytes]:
@@ -37,6 +39,7 @@ class Sample:
             picture_format: encoded(self.picture, picture_format),
             "mask.png": encoded(self.mask, "png"),
             "crop.jpg": encoded(self.crop, "jpg"),
+            "worse.jpg": encoded(self.worse, "jpg"),
             "npz": arrays.getvalue(),
         }
 
@@ -127,10 +130,15 @@ class Preparer:
             "found_by": found_by,
             "hash": f"{perceptual_hash(face.crop):016x}",
         }
+        bad, about["worse"] = worse(picture, box, f"{options.seed} {about['hash']}")
+        seen = self.analyser.describe(bad, box, score)
+        arrays["worse_embedding"] = seen.embedding
         mask = landmark_mask(face.landmarks, face.size)
         if not options.parser:  # else that one will look at the picture later
             mask = grab_hair(picture, face.landmarks, mask)
-        return Sample(about, picture, mask, face.crop, {k: np.asarray(v, np.float32) for k, v in arrays.items()})
+        return Sample(
+            about, picture, mask, face.crop, seen.crop, {k: np.asarray(v, np.float32) for k, v in arrays.items()}
+        )
 
 
 def cut(photo: np.ndarray, box: np.ndarray, context: float, max_side: int) -> tuple[np.ndarray, np.ndarray, float]:

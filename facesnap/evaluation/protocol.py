@@ -81,6 +81,8 @@ def draw_prompt(rng: np.random.Generator) -> tuple[str, str, dict]:
         "glasses": draw(GLASSES, (0.5, 0.25, 0.25)),
         "hat": draw(HATS, (0.5, 0.25, 0.25)),
         "hat_color": draw(list(CLOTHES)),
+        "exposure": "normal",  # the sentence names no other
+        "shadows": "soft",
     }
     words = scene_words(attributes)
     worn = ["wearing " + words[name] for name in ("glasses", "hat") if name in words]

@@ -4,9 +4,11 @@ Two captions each (design: who controls what): `prompt` names only what a prompt
 background, light, style, and sometimes the expression), `rich` also describes the face, for the face encoder.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from facesnap.synthetic.people import Picture
+from facesnap.synthetic.parameters import Picture
 
 STYLE_WORDS = {
     "photo": ("a photo of", "a portrait photo of", "a photograph of", "a studio photo of"),
@@ -22,9 +24,15 @@ LIGHT_WORDS = {
     "warm": ("warm light", "golden light"),
     "cool": ("cool light", "cold blue light"),
 }
+HARD_LIGHT_WORDS = {
+    "left": ("hard light from the left", "harsh side light from the left"),
+    "right": ("hard light from the right", "harsh side light from the right"),
+}
+EXPOSURE_WORDS = {"dark": ("in dim light", "underexposed"), "bright": ("in bright light", "overexposed")}
 HAIRCUT_WORDS = {
     "long": "long {} hair", "bob": "a {} bob", "bun": "{} hair in a bun", "curly": "curly {} hair",
-    "short": "short {} hair", "buzzed": "buzzed {} hair", "fringe": "{} hair with a fringe", "bald": "a bald head",
+    "long curly": "long curly {} hair", "short": "short {} hair", "buzzed": "buzzed {} hair",
+    "fringe": "{} hair with a fringe", "bald": "a bald head", "balding": "a bald top and {} hair at the sides",
 }  # fmt: skip
 BEARD_WORDS = {
     "stubble": "stubble",
@@ -57,12 +65,24 @@ def clothes_words(pattern: str, colour: str) -> str:
 
 
 def subject_words(attributes: dict) -> str:
-    return ("an old " if attributes["age"] == "old" else "a ") + attributes["gender"]
+    if attributes["age"] in ("old", "mature"):
+        return article(f"{attributes['age']} {attributes['gender']}")
+    return "a " + kind_words(attributes)
+
+
+def kind_words(attributes: dict) -> str:
+    """What a prompt may call somebody: it says no more of the face than that."""
+    if attributes["age"] == "child":
+        return "girl" if attributes["gender"] == "woman" else "boy"
+    return attributes["gender"]
 
 
 def face_words(attributes: dict) -> list[str]:
     """What the reference controls."""
-    hair = HAIRCUT_WORDS[attributes["haircut"]].format(attributes["hair"])
+    colour = {"salt and pepper": "salt and pepper"}.get(attributes["graying"], attributes["hair"])
+    hair = HAIRCUT_WORDS[attributes["haircut"]].format(colour)
+    if attributes["graying"] == "temples":
+        hair += " graying at the temples"
     out = [f"{attributes['skin']} skin", f"{attributes['eyes']} eyes", hair]
     if attributes["beard"] != "none":
         out.append(BEARD_WORDS[attributes["beard"]])
@@ -84,6 +104,18 @@ def scene_words(attributes: dict) -> dict[str, str]:
     return out
 
 
+def light_words(attributes: dict, named: bool, pick: Callable[[Sequence[str]], str]) -> list[str]:
+    """Usual light is named if `named`; hard light and unusual exposure always: what is not named must not appear."""
+    out = []
+    if attributes["shadows"] == "hard":
+        out.append(pick(HARD_LIGHT_WORDS[attributes["light"]]))
+    elif named:
+        out.append(pick(LIGHT_WORDS[attributes["light"]]))
+    if attributes["exposure"] != "normal":
+        out.append(pick(EXPOSURE_WORDS[attributes["exposure"]]))
+    return out
+
+
 def captions(picture: Picture, index: int = 0) -> tuple[str, str]:
     """(prompt, rich) for a picture; wording and what is left out vary with the seed."""
     rng = np.random.default_rng([picture.person.seed, 3, index])
@@ -97,7 +129,7 @@ def captions(picture: Picture, index: int = 0) -> tuple[str, str]:
 
     style = pick(STYLE_WORDS[picture.style])
     neutral_subject = some(0.5)
-    subject = "a person" if neutral_subject else "a " + who["gender"]
+    subject = "a person" if neutral_subject else "a " + kind_words(who)
     scene = scene_words(a)
     mood = EXPRESSION_WORDS.get(a["expression"], a["expression"])
     parts = []
@@ -110,9 +142,8 @@ def captions(picture: Picture, index: int = 0) -> tuple[str, str]:
             parts.append("wearing " + scene[name])
     if some(0.9):
         parts.append(scene["background"])
-    if some(0.6):
-        parts.append(pick(LIGHT_WORDS[a["light"]]))
-    prompt = ", ".join([f"{style} {subject}", *parts])
+    light = light_words(a, some(0.6), pick)
+    prompt = ", ".join([f"{style} {subject}", *parts, *light])
 
     features = face_words(who)
     keep = [f for f in features if some(0.85)] or features[:1]

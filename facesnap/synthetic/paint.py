@@ -1,37 +1,14 @@
-"""What a point of the rendered people looks like before light: skin, eyes, brows, lips, beard, cloth, background.
+"""What a point of the head of the rendered people looks like before light: skin, wrinkles, beard, hair.
 
 Kernels write linear RGB into `c` (3,) at canonical face coordinates (head frame, expression not applied to x).
 """
 
 import math
 
-from facesnap.synthetic.head import (
-    beard_density,
-    brow_line,
-    bump,
-    fold,
-    hairline,
-    jit,
-    lattice,
-    lids,
-    lip_width,
-    lips,
-    noise,
-    smoothstep,
-)
-
-
-@jit
-def blend(c, r, g, b, t):
-    c[0] += (r - c[0]) * t
-    c[1] += (g - c[1]) * t
-    c[2] += (b - c[2]) * t
-
-
-@jit
-def tint(c, colour, f, t):
-    """Blend towards `colour` (3,) times f."""
-    blend(c, colour[0] * f, colour[1] * f, colour[2] * f, t)
+from facesnap.synthetic.features import brow, eyes, mouth
+from facesnap.synthetic.hair import beard_density, covered, grey_share, hairline
+from facesnap.synthetic.head import fold
+from facesnap.synthetic.numerics import blend, bump, jit, lattice, noise, smoothstep, tint
 
 
 @jit
@@ -42,14 +19,13 @@ def face(x, y, z, p, c):
     c[1] = skin[1]
     c[2] = skin[2]
     ax = abs(x)
-    mottle = 1 + 0.07 * (noise(x * 5 + 9, y * 5) * 0.5 + noise(x * 13, y * 13 + 4) * 0.5 - 0.5)
+    mottle = 1 + (0.07 + 0.08 * p.wrinkles) * (noise(x * 5 + 9, y * 5) * 0.5 + noise(x * 13, y * 13 + 4) * 0.5 - 0.5)
     for k in range(3):
         c[k] *= mottle
     if z < 0.0:
         scalp(x, y, z, p, c)
         return 0.2, 0.0
     gloss = 0.20
-    ex = p.eye_spacing
     ey = p.eye_y
     my = p.mouth_y
     tip = ey - p.nose_length
@@ -59,25 +35,15 @@ def face(x, y, z, p, c):
     if p.freckles > 0:
         area = bump(ax - 0.24, y - (ey - 0.22), 0.24, 0.13)
         blend(c, skin[0] * 0.62, skin[1] * 0.42, skin[2] * 0.30, 0.9 * p.freckles * freckle(x, y, p) * area)
-    # what little light reaches: corners of the eyes, wings of the nose, under the lip, wrinkles
-    dark = 0.30 * bump(ax - (ex - 0.13), y - (ey + 0.02), 0.06, 0.07)
-    dark += 0.20 * bump(ax - ex, y - (ey + 0.07), 0.16, 0.045)
-    dark += 0.30 * bump(ax - p.nose_width * 1.25, y - (tip - 0.015), 0.03, 0.05)
-    dark += 0.26 * bump(x, y - (tip - 0.085), 0.10, 0.03)
-    dark += 0.20 * bump(x, y - (my - p.lower_lip - 0.06 - 0.13 * p.mouth_open), 0.10, 0.03)
-    dark += 0.10 * bump(ax - ex, y - (ey - 0.10), 0.12, 0.03) * (0.5 + p.age)
-    dark += (0.18 * smile + 0.22 * p.age) * fold(ax, y, p, 0.022) * smoothstep(my - 0.10, my + 0.02, y)
-    if p.age > 0.35 and y > ey + 0.25:
-        wave = abs(math.sin((y - ey) * 38 + math.sin(x * 4)))
-        line = (1 - smoothstep(0.0, 0.35, wave)) * smoothstep(0.55, 0.3, ax) * smoothstep(0.3, 0.38, y - ey)
-        dark += 0.18 * (p.age - 0.35) * line
-    if p.age > 0.35:  # crow's feet
-        feet = abs(math.sin((y - ey) * 60))
-        dark += 0.22 * (p.age - 0.35) * (1 - smoothstep(0.0, 0.5, feet)) * bump(ax - ex - 0.27, y - ey, 0.06, 0.07)
+    dark = shaded_corners(ax, y, p)
+    if smile > 0 and my - 0.10 < y < tip + 0.03:
+        dark += 0.18 * smile * fold(ax, y, p, 0.022) * smoothstep(my - 0.10, my + 0.02, y)
+    if p.wrinkles > 0:
+        dark += lines_of_age(x, y, p)
     light = max(1 - dark, 0.1)
     c[0] *= light
-    c[1] *= light**1.25
-    c[2] *= light**1.3
+    c[1] *= light * (0.75 + 0.25 * light)
+    c[2] *= light * (0.70 + 0.30 * light)
     if p.mole > 0:
         spot = smoothstep(0.036, 0.020, math.hypot(x - p.mole_x, y - p.mole_y))
         blend(c, skin[0] * 0.3, skin[1] * 0.2, skin[2] * 0.17, spot)
@@ -89,6 +55,73 @@ def face(x, y, z, p, c):
     gloss = mouth(x, y, p, c, gloss)
     scalp(x, y, z, p, c)
     return gloss, eye
+
+
+@jit
+def shaded_corners(ax, y, p):
+    """Where little light reaches: corners of the eyes, wings of the nose, under the lip."""
+    ex = p.eye_spacing
+    ey = p.eye_y
+    tip = ey - p.nose_length
+    dark = 0.30 * bump(ax - (ex - 0.13), y - (ey + 0.02), 0.06, 0.07)
+    dark += (0.20 + 0.06 * p.brow_ridge) * bump(ax - ex, y - (ey + 0.07), 0.16, 0.045)
+    dark += 0.30 * bump(ax - p.nose_width * 1.25, y - (tip - 0.015), 0.03, 0.05)
+    dark += 0.26 * bump(ax, y - (tip - 0.085), 0.10, 0.03)
+    dark += 0.20 * bump(ax, y - (p.mouth_y - p.lower_lip - 0.06 - 0.13 * p.mouth_open), 0.10, 0.03)
+    return dark + 0.05 * bump(ax - ex, y - (ey - 0.10), 0.12, 0.03)
+
+
+@jit
+def lines_of_age(x, y, p):
+    """How much wrinkles darken the skin at (x, y)."""
+    ax = abs(x)
+    ex = p.eye_spacing
+    up = y - p.eye_y
+    my = p.mouth_y
+    w = p.wrinkles
+    deep = max(w - 0.3, 0.0)
+    dark = 0.0
+    if my - 0.10 < y < p.eye_y - p.nose_length + 0.03:
+        dark += 0.36 * w * fold(ax, y, p, 0.020) * smoothstep(my - 0.10, my + 0.02, y)
+    if w <= 0.3:
+        return dark + 0.42 * w * bump(up + 0.155 - 1.4 * (ax - ex) ** 2, ax - ex, 0.014, 0.11)
+    if up > 0.10:  # the forehead's lines and the two between the brows
+        wave = abs(math.sin(up * 34 + 0.8 * math.sin(x * 4 + 1) + 3 * noise(x * 2 + 7, up * 3)))
+        line = (1 - smoothstep(0.0, 0.42, wave)) * smoothstep(0.62, 0.30, ax) * smoothstep(0.26, 0.36, up)
+        dark += 0.55 * deep * line
+        dark += 0.50 * deep * bump(ax - 0.045, up - 0.17, 0.011, 0.06)
+    elif up > -0.42:  # crow's feet, bags under the eyes
+        dx = ax - ex - 0.17
+        angle = math.atan2(up, max(dx, 0.01))
+        feet = (1 - smoothstep(0.0, 0.55, abs(math.sin(angle * 4.5 + 0.6)))) * smoothstep(0.02, 0.07, dx)
+        dark += 0.75 * deep * feet * smoothstep(0.27, 0.12, math.hypot(dx, up))
+        arc = up + 0.155 - 1.4 * (ax - ex) ** 2
+        dark += 0.42 * w * bump(arc, ax - ex, 0.014, 0.11)
+        dark += 0.22 * w * bump(up + 0.105, ax - ex + 0.02, 0.014, 0.10)
+    else:  # from the corners of the mouth down, and fine lines about the lips
+        dark += 0.50 * deep * bump(ax - p.mouth_width * 1.08 - 0.03, y - (my - 0.12), 0.014, 0.075)
+        lips = (1 - smoothstep(0.0, 0.6, abs(math.sin(x * 48)))) * bump(ax, y - (my + p.upper_lip + 0.035), 0.15, 0.022)
+        dark += 0.35 * deep * lips
+    if ax < 0.25:
+        return dark
+    spots = noise(x * 7 + 11 + p.hair_seed * 9, y * 7) * noise(x * 17, y * 17 + p.hair_seed * 20)
+    dark += 0.45 * deep * smoothstep(0.50, 0.64, spots) * smoothstep(0.25, 0.45, ax)
+    creases = noise(ax * 9 + 3 * up, up * 42 + 9 * ax)  # fine, along the cheeks
+    return dark + 0.28 * deep * smoothstep(0.62, 0.92, creases) * smoothstep(0.30, 0.42, ax)
+
+
+@jit
+def neck(u, s, p, c):
+    """The neck at azimuth u and share s of the way down: darker than the face, creased with age."""
+    c[0] = p.skin[0] * 0.97
+    c[1] = p.skin[1] * 0.95
+    c[2] = p.skin[2] * 0.94
+    if p.wrinkles > 0.3:
+        crease = abs(math.sin(s * 26 + 1.5 * noise(u * 2, s * 4))) + abs(u) * 0.25
+        cords = bump(abs(u) - 0.42, 0.0, 0.07, 1.0)
+        dark = (p.wrinkles - 0.3) * (0.40 * (1 - smoothstep(0.0, 0.5, crease)) + 0.30 * cords)
+        for k in range(3):
+            c[k] *= 1 - dark
 
 
 @jit
@@ -111,14 +144,17 @@ def freckle(x, y, p):
 @jit
 def scalp(x, y, z, p, c):
     """Hair roots and the soft shade at the hairline, so that the hair grows out of the skin."""
-    if p.hair_thickness < 0.012:
+    if p.hair_thickness < 0.012 or (z > 0.45 and y < 0.0):
         return
     u = math.atan2(x, z)
     below = hairline(u, p) - y  # > 0 below the hairline
+    if below > 0.14:
+        return
     for k in range(3):
-        c[k] *= 1 - 0.22 * smoothstep(0.14, 0.0, below)
+        c[k] *= 1 - 0.22 * smoothstep(0.14, 0.0, below) * covered(y, u, p)
     strands = noise(u * 55 + 3, y * 9) * 0.7 + noise(u * 110, y * 16) * 0.3
-    tint(c, p.hair, 1.1, smoothstep(0.35, 0.75, smoothstep(0.085, -0.03, below) * 0.9 + (strands - 0.5) * 0.7))
+    roots = smoothstep(0.35, 0.75, smoothstep(0.085, -0.03, below) * 0.9 + (strands - 0.5) * 0.7)
+    tint(c, p.hair, 1.1, roots * covered(y, u, p))
 
 
 @jit
@@ -129,191 +165,43 @@ def beard(x, y, z, p, c, gloss):
         tip = p.eye_y - p.nose_length
         lip = smoothstep(p.mouth_width * 1.3, p.mouth_width * 0.9, abs(x)) * smoothstep(tip - 0.04, tip - 0.09, y)
         area = max(area, lip)
-        shade = p.stubble * 0.62 * area * (0.55 + 0.8 * noise(x * 42, y * 42))
-        blend(c, p.brow[0] * 0.8 + 0.04, p.brow[1] * 0.8 + 0.04, p.brow[2] * 0.8 + 0.045, min(shade, 0.8))
-    density = beard_density(x, y, z, p)
+        if area > 0:
+            shade = p.stubble * 0.62 * area * (0.55 + 0.8 * noise(x * 42, y * 42))
+            grey = 0.5 * p.grey_beard
+            blend(
+                c,
+                p.beard_hair[0] * 0.8 + 0.04 + grey * (p.grey_hair[0] - p.beard_hair[0]),
+                p.beard_hair[1] * 0.8 + 0.04 + grey * (p.grey_hair[1] - p.beard_hair[1]),
+                p.beard_hair[2] * 0.8 + 0.045 + grey * (p.grey_hair[2] - p.beard_hair[2]),
+                min(shade, 0.8),
+            )
+    density = beard_density(x, y, z, p) if p.beard + p.goatee + p.moustache > 0 else 0.0
     if density > 0:
         strands = noise(x * 48 + 7, y * 14) * 0.6 + noise(x * 85, y * 30) * 0.4
         cover = 0.94 * smoothstep(0.05, 0.95, density * 1.15 - 0.35 * (1 - density) * strands)
-        tint(c, p.hair, 0.55 + 0.9 * strands, cover)
+        tint(c, p.beard_hair, 0.55 + 0.9 * strands, cover)
+        if p.grey_beard > 0:  # the chin's first
+            share = p.grey_beard * (0.65 + 0.5 * bump(x, y + p.lower_height * 0.9, 0.22, 0.3))
+            white = cover * smoothstep(-0.35, 0.35, share - 1.4 * (strands - 0.15))
+            tint(c, p.grey_hair, 0.55 + 0.7 * strands, white)
         gloss *= 1 - 0.8 * cover
-    return gloss
-
-
-@jit
-def brow(ax, y, p, c):
-    t = (ax - (p.eye_spacing - 0.17)) / p.brow_length
-    if -0.1 < t < 1.1:
-        thick = p.brow_thickness * (1 - 0.72 * smoothstep(0.35, 1.05, t)) * smoothstep(-0.10, 0.14, t)
-        distance = abs(y - brow_line(t, p)) / max(thick, 1e-3)
-        hairs = 0.7 + 0.6 * noise(ax * 46 + y * 60, y * 22)
-        edge = smoothstep(1.35, 0.55, distance + 0.25 * (hairs - 1))
-        tint(c, p.brow, hairs, 0.92 * edge * (1 - smoothstep(0.92, 1.1, t)))
-
-
-@jit
-def eyes(x, y, p, c, gloss):
-    ax = abs(x)
-    side = 1.0 if x > 0 else -1.0
-    ct = math.cos(p.eye_tilt * 0.6)
-    st = math.sin(p.eye_tilt * 0.6)
-    dx = ax - p.eye_spacing
-    dy = y - p.eye_y
-    lx = dx * ct + dy * st
-    ly = -dx * st + dy * ct
-    t = lx / p.eye_width
-    if abs(t) > 1.35 or abs(ly) > 0.25:
-        return gloss, 0.0
-    eye = 0.0
-    lower, upper = lids(max(min(t, 1.0), -1.0), p)
-    inside = abs(t) < 1.0 and lower < ly < upper
-    if inside:
-        c[0] = 0.84
-        c[1] = 0.82
-        c[2] = 0.81
-        gaze = p.gaze_x * 0.045
-        ix = lx * side - gaze
-        iy = ly - 0.15 * p.eye_open - p.gaze_y * 0.03
-        r = math.hypot(ix, iy) / p.iris_radius
-        gloss = 0.0
-        eye = 1.0
-        if r < 1.12:
-            rays = 0.8 + 0.35 * noise(math.atan2(iy, ix) * 7 + 20, r * 2)
-            glow = 0.55 + 0.75 * smoothstep(0.3, 0.95, r) * (0.75 - 0.45 * iy / p.iris_radius)
-            cover = smoothstep(1.10, 0.98, r)
-            tint(c, p.iris, rays * glow, cover)
-            tint(c, p.iris, 0.12, cover * smoothstep(0.78, 0.98, r) * 0.85)
-            blend(c, 0.008, 0.008, 0.01, smoothstep(0.50, 0.42, r))
-        shadow = 0.45 + 0.55 * smoothstep(0.0, 0.055, upper - ly)
-        rim = 0.85 + 0.15 * smoothstep(1.0, 0.7, abs(t))
-        c[0] *= shadow * rim
-        c[1] *= shadow * rim * 0.97
-        c[2] *= shadow * rim * 0.97
-        hx = lx * side + 0.30 * p.iris_radius - gaze * 0.6
-        spark = math.hypot(hx, iy - 0.36 * p.iris_radius) / (p.iris_radius * 0.27)
-        if spark < 1.2:
-            blend(c, 2.0, 2.0, 2.0, smoothstep(1.15, 0.7, spark))
-            eye = 2.0
-    lash = (0.014 + 0.020 * p.lashes) * (0.6 + 0.5 * smoothstep(-1, 1.1, t))
-    if abs(t) < 1.16:
-        top = upper if abs(t) < 1 else 0.0
-        if t > 0.8:
-            top += (t - 0.8) * 0.06 * p.lashes
-        d = abs(ly - top - lash * 0.4) / lash
-        ends = smoothstep(1.16, 0.98, abs(t))
-        if not inside or d < 1:
-            blend(c, 0.03, 0.02, 0.018, smoothstep(1.2, 0.5, d) * (0.65 + 0.35 * p.lashes) * ends)
-        if not inside:
-            d = abs(ly - lower + 0.004) / 0.010
-            tint(c, p.skin, 0.30, smoothstep(1.3, 0.4, d) * 0.5 * smoothstep(1.0, 0.85, abs(t)))
-    if not inside:
-        crease = p.eye_open * (0.55 + 0.45 * p.eyelids) * max(1 - (t * 0.9) ** 2, 0.0) ** 0.7 + 0.045
-        d = abs(ly - crease) / 0.011
-        tint(c, p.skin, 0.38, smoothstep(1.5, 0.3, d) * 0.5 * smoothstep(1.1, 0.8, abs(t)))
-    return gloss, eye
-
-
-@jit
-def mouth(x, y, p, c, gloss):
-    if abs(x) > p.mouth_width * 1.35 or abs(y - p.mouth_y) > 0.4:
-        return gloss
-    t = x / lip_width(p)
-    if abs(t) > 1.08:
-        return gloss
-    top, seam, gap_bottom, bottom = lips(max(min(t, 1.0), -1.0), p)
-    gap = seam - gap_bottom
-    if bottom < y < top and abs(t) < 1:
-        if gap_bottom < y < seam:
-            c[0] = 0.085
-            c[1] = 0.018
-            c[2] = 0.018
-            gloss = 0.05
-            # one even row of upper teeth that rounds off and darkens towards the corners
-            row = min(0.050, gap * 0.62) * (1 - min(abs(t) / 0.88, 1.0) ** 4)
-            lit = smoothstep(0.86, 0.45, abs(t)) * smoothstep(row + 0.006, row - 0.008, seam - y)
-            between = 1 - 0.10 * smoothstep(0.12, 0.0, abs(math.sin(x * math.pi / 0.058)))
-            under_lip = 0.72 + 0.28 * smoothstep(0.0, 0.022, seam - y)
-            f = between * under_lip
-            blend(c, 0.82 * f, 0.79 * f, 0.73 * f, lit)
-            tongue = smoothstep(0.55, 1.0, (seam - y) / max(gap, 1e-3)) * smoothstep(0.7, 0.3, abs(t)) * p.mouth_open
-            blend(c, 0.42, 0.11, 0.11, min(tongue * 1.2, 0.9) * (1 - lit))
-        else:
-            shade = (0.82 if y >= seam else 1.0) * (0.94 + 0.12 * noise(x * 30, y * 4))
-            edge = max(min((top - y) / 0.014, (y - bottom) / 0.014, 1.0), 0.0)
-            tint(c, p.lip, shade, edge * 0.95)
-            gloss = 0.5
-    d = min(abs(y - seam), abs(y - gap_bottom)) / 0.010
-    blend(
-        c,
-        p.lip[0] * 0.25,
-        p.lip[1] * 0.16,
-        p.lip[2] * 0.16,
-        smoothstep(1.4, 0.3, d) * 0.8 * smoothstep(1.08, 0.95, abs(t)),
-    )
     return gloss
 
 
 @jit
 def hair(u, v, p, c):
     """Strands that run along v. Returns the strand's value in [0, 1], which also shifts the highlight."""
-    warp = 1.2 * noise(u * 5 + p.hair_seed * 50, v * 1.6) + p.curl * 1.6 * noise(u * 9, v * 7)
+    warp = 1.2 * noise(u * 5 + p.hair_seed * 50, v * 1.6)
+    if p.curl > 0:
+        warp += p.curl * 1.6 * noise(u * 9, v * 7)
     fine = noise(u * 38 + warp * 6, v * 3.0 + warp)
     finest = noise(u * 85 + warp * 9, v * 5.0)
     lock = noise(u * 11 + warp * 2, v * 1.2 + 5)
     strand = 0.45 * fine + 0.25 * finest + 0.30 * lock
-    tint(c, p.hair, 0.42 + 1.05 * strand, 1.0)
+    c[0] = p.hair[0] * (0.42 + 1.05 * strand)
+    c[1] = p.hair[1] * (0.42 + 1.05 * strand)
+    c[2] = p.hair[2] * (0.42 + 1.05 * strand)
+    if p.grey + p.grey_temple > 0:  # strand by strand, so that it looks like salt and pepper
+        grey = smoothstep(-0.38, 0.38, grey_share(u, v, p) - 0.8 * finest - 0.7 * fine + 0.25)
+        tint(c, p.grey_hair, 0.50 + 0.75 * strand, 0.9 * grey)
     return strand
-
-
-@jit
-def clothes(x, y, z, p, c):
-    """Shirt, stripes or an open jacket. Returns 1 where the neckline leaves skin."""
-    c[0] = p.clothes[0]
-    c[1] = p.clothes[1]
-    c[2] = p.clothes[2]
-    folds = 0.90 + 0.2 * noise(x * 3.5, y * 2.2 + 3)
-    for k in range(3):
-        c[k] *= folds
-    if p.pattern == 1:
-        stripe = abs(((y * 5.0) % 1.0) - 0.5)
-        tint(c, p.clothes_b, folds, smoothstep(0.22, 0.28, stripe))
-    elif p.pattern == 2 and z > 0:
-        lapel = 0.30 * smoothstep(-1.1, 0.0, y) + 0.02
-        tint(c, p.clothes_b, folds, smoothstep(lapel + 0.01, lapel - 0.01, abs(x)))
-        seam = smoothstep(0.035, 0.01, abs(abs(x) - lapel - 0.02))
-        for k in range(3):
-            c[k] *= 1 - 0.45 * seam
-    if z > 0:
-        line = -0.06 - p.neckline * 0.35 + abs(x) * p.neckline * 0.8
-        if y > line + 0.02 and abs(x) < 0.62:
-            c[0] = p.skin[0]
-            c[1] = p.skin[1] * 0.96
-            c[2] = p.skin[2] * 0.95
-            return 1.0
-        hem = smoothstep(line - 0.06, line - 0.02, y) * (1.0 if abs(x) < 0.64 else 0.0)
-        for k in range(3):
-            c[k] *= 1 - 0.28 * hem
-    return 0.0
-
-
-@jit
-def background(x, y, p, c):
-    """The backdrop at picture coordinates in [-1, 1], y up."""
-    kind = int(p.background)
-    s = p.back_seed
-    if kind == 0:  # studio: a soft spot of light
-        m = smoothstep(1.5, 0.1, math.hypot(x - 0.2 * math.sin(s * 6), y - 0.1))
-    elif kind == 1:  # plain: a slow vertical gradient
-        m = 0.25 + 0.5 * (0.5 + 0.5 * y)
-    elif kind == 2:  # bokeh: discs of light, out of focus
-        m = 0.2 + 0.15 * y
-        for i in range(12):
-            bx = (i * 0.618 + s * 7.3) % 1.0 * 2.4 - 1.2
-            by = (i * 0.381 + s * 3.1 + i * i * 0.07) % 1.0 * 2.4 - 1.2
-            r = 0.14 + 0.18 * ((i * 0.27 + s) % 1.0)
-            m += 0.32 * smoothstep(r, r - 0.06, math.hypot(x - bx, y - by))
-    else:  # hills under a sky
-        horizon = -0.12 + 0.18 * math.sin(x * 2 + s * 6) + 0.06 * math.sin(x * 6 + s * 3)
-        m = smoothstep(horizon - 0.03, horizon + 0.03, y)
-    for k in range(3):
-        c[k] = p.back_a[k] + (p.back_b[k] - p.back_a[k]) * m

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from facesnap.synthetic.captions import captions
-from facesnap.synthetic.people import VERSION, Picture, sample_person, sample_picture
+from facesnap.synthetic.parameters import VERSION, Picture
+from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import Rendered, render
 
 PEOPLE_PER_SHARD = 50

@@ -138,7 +138,7 @@ def _put_exposure(p, what, rng) -> None:
         low, high = STOPS[what["exposure"]]
         stops = low + (high - low) * share
     fair = np.clip((p["skin"].mean() - 0.10) / 0.40, 0, 1)
-    stops = float(np.clip(stops, -2.0 + 0.8 * (1 - fair), 2.0 - 1.2 * fair))
+    stops = float(np.clip(stops, -2.0 + 0.8 * (1 - fair), 2.0 - 1.35 * fair))
     if what["shadows"] == "hard":
         stops *= 0.6
     p["exposure"] = usual * 2**stops

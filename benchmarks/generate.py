@@ -55,9 +55,10 @@ from facesnap import landmarks  # noqa: E402
 from facesnap.evaluation import report  # noqa: E402
 from facesnap.faces import Face  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
+from facesnap.folder import BASE_PARTS  # noqa: E402
 from facesnap.mini.nets.tokenizer import train_tokenizer  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
-from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline, PreviewResult  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline, PreviewResult  # noqa: E402
 
 PROMPT = "a photo of a person in a red jacket, by the sea"
 STEPS, GUIDANCE, TOKENS = 8, 2.0, 16

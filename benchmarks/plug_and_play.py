@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
 from facesnap.evaluation import report  # noqa: E402
+from facesnap.folder import BASE_PARTS  # noqa: E402
 from facesnap.images import open_image  # noqa: E402
-from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 
 PEOPLE = ("avery", "casey", "ellis")
 GIVEN = ("devon", "frankie", "blake")  # whose pictures image-to-image and inpainting start from

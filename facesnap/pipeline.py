@@ -3,28 +3,17 @@
 It is diffusers' `StableDiffusionXLPipeline` with six components more and no line of its `__call__` copied:
 photos become face tokens and a drawing of 72 landmarks, then the stock call runs while FFRNet is attached to
 the UNet. LoRA, IP-Adapter, callbacks, offloading and every argument of the stock call therefore work as ever.
-
-A checkpoint is a stock SDXL folder (`model_index.json` names the base model's parts only, so that
-`StableDiffusionXLPipeline` loads it too) with our parts beside them:
-
-    facesnap.json   the checkpoint's defaults (`Settings`)
-    mixer/ ffrnet/ face_encoder/ head/   config.json + safetensors
-    face_pack/      detector, landmark net and recogniser as ONNX files in InsightFace's layout
-    scorer/         the recogniser that only scores; may be absent
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
-import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,31 +29,34 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
+from facesnap import folder, memory, templates
 from facesnap import landmarks as landmarks72
-from facesnap import memory, templates
-from facesnap.errors import InputError, check_number, reading, shown
+from facesnap.errors import InputError, check_number, shown
 from facesnap.faces import Face, FaceAnalyser, Recogniser, cosine
 from facesnap.ffrnet import FFRNet, Variant, attach
+from facesnap.folder import (
+    BASE_PARTS,
+    HUB_ARGUMENTS,
+    OUR_PARTS,
+    Settings,
+    local_folder,
+    read_base,
+    read_parts,
+    read_settings,
+)
 from facesnap.geometry import in_crop
 from facesnap.heads import Head, HeadModel
-from facesnap.heads import from_pretrained as read_head
 from facesnap.images import open_image
 from facesnap.mixer import FacialAttributeMixer, MixerOutput
 from facesnap.predictor import LandmarkPredictor
 from facesnap.speed import Preset, Speed, chosen, ending_guidance, halved_images
 
-SETTINGS_NAME = "facesnap.json"
-SCORER_NAME = "recogniser.onnx"
-BASE_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-WEIGHTS = ("mixer", "ffrnet", "face_encoder")
-OUR_PARTS = (*WEIGHTS, "face_analyser", "head_model", "scorer")
-FOLDERS = {"face_analyser": "face_pack", "head_model": "head"}  # the others lie in folders of their own name
 MAX_REFERENCES = 4
 MAX_SIDE = 4096
 MAX_STEPS = 200
@@ -94,29 +86,6 @@ LUMA = (0.299, 0.587, 0.114)  # how much of each colour is brightness (ITU-R BT.
 Picture = str | Path | bytes | Image.Image | np.ndarray
 Expression = Literal["pose", "reference", "neutral"]
 Source = Picture | Face  # a photo, or what was read from it before
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a checkpoint wants when the caller does not say: facesnap.json.
-
-    kind: of its pipeline, `FaceSnapPipeline.kind` or a subclass's; `facesnap.checkpoints.load` reads any.
-    size: side of its portraits in pixels. steps, guidance: of its sampler. variant: the row of Table 3 it was
-    trained as. same_person: cosine of two embeddings below which they are taken for different people. saturation:
-    how much of their colour the face encoder is shown of the references, 1 for all of it: photographs are more vivid
-    than rendered people, and an encoder that knows only these takes the warm gloss on black hair for brown.
-    about: whatever its maker notes (data version, licence), kept and not read.
-    """
-
-    name: str = "FaceSnap"
-    kind: str = "facesnap"
-    size: int = 1024
-    steps: int = 8
-    guidance: float = 2.0
-    variant: Variant = "predicted"
-    same_person: float = 0.25
-    saturation: float = 1.0
-    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +143,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
     """
 
     _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS]
-    # What a subclass puts in place: its kind in facesnap.json, the classes of its weights, and how they join in
+    # What a subclass puts in place: its kind of checkpoint (`folder.KINDS`), and how its parts join in
     kind = "facesnap"
-    weight_classes: dict[str, Any] = {"mixer": FacialAttributeMixer, "ffrnet": FFRNet, "face_encoder": CLIPVisionModel}
     every_step: tuple[str, ...] = ("unet", "ffrnet")  # what runs at every step; the rest, once a picture
     _attach = staticmethod(attach)
     _draw = staticmethod(landmarks72.draw)
@@ -235,34 +203,31 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         cls,
         model: str | Path,
         *,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        variant: str | None = None,
         **kwargs: Any,
     ) -> FaceSnapPipeline:
         """A pipeline from a folder, or from the Hub (its snapshot is taken first, then read as a folder).
 
         Args:
             model: a folder written by `save_pretrained`, or a Hub id "owner/name".
-            torch_dtype: of all torch modules; by default float32.
+            dtype: of all torch modules; by default float32. torch_dtype: its older name.
             providers: ONNX Runtime's, for the face pack and the scorer.
-            kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`.
+            variant: of the files to read, such as "fp16".
+            kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`; of the
+                Hub's revision, token, cache_dir, local_files_only, force_download and proxies.
 
         Raises:
             InputError: the folder is missing, incomplete or damaged; the message names the part.
         """
-        from facesnap import checks  # which knows the pipelines
-
-        folder = _local_folder(model)
-        settings = _read_settings(model, folder, cls.kind)
-        ours = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
-        ours |= _load_our_parts(model, folder, settings, torch_dtype, providers, cls.weight_classes, skip=ours)
-        for name in BASE_PARTS:
-            if name not in kwargs and not (folder / name).is_dir():
-                raise _incomplete(model, name)
-            if name not in kwargs and (problems := checks.lacking(name, folder / name)):
-                raise InputError(f"The checkpoint '{model}' is damaged: {problems[0]} Fetch or build it again.")
-        with reading(f"The base model of the checkpoint '{model}'"):
-            base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
+        place, dtype = local_folder(model, **hub), dtype or torch_dtype
+        settings = read_settings(place, model, cls.kind)
+        ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
+        base = read_base(place, model, dtype, variant=variant, **kwargs)
         return cls._around(base, ours, settings)
 
     @classmethod
@@ -289,10 +254,9 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
         given = {name: components.pop(name) for name in OUR_PARTS if name in components}
         if model is not None:
-            folder = _local_folder(model)
-            settings = _read_settings(model, folder, cls.kind)
-            dtype = pipeline.unet.dtype
-            loaded = _load_our_parts(model, folder, settings, dtype, providers, cls.weight_classes, skip=given)
+            place = local_folder(model)
+            settings = read_settings(place, model, cls.kind)
+            loaded = read_parts(place, model, settings, pipeline.unet.dtype, providers=providers, given=given)
             for module in loaded.values():
                 if isinstance(module, nn.Module):
                     module.to(pipeline.unet.device)
@@ -314,47 +278,41 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
         *,
         dtype: torch.dtype | None = None,
-        max_shard_size: int | str = "5GB",
+        **hub: Any,
     ) -> None:
-        """Write the checkpoint folder described at the top of this file.
+        """Write the checkpoint folder that `facesnap.folder` describes.
 
         Args:
-            dtype: of the saved weights, by default as they are. The text encoders stay float32 whatever it
-                is: loaded without a dtype, transformers keeps a file's own while diffusers takes float32, and
-                half-precision encoders would meet a float32 UNet.
+            safe_serialization: must be true: weights are never pickled.
+            variant: of the files' names, such as "fp16".
             max_shard_size: no weights file gets larger than this, save for a single larger tensor.
+            push_to_hub: whether to upload it too, as diffusers does; `hub`: its repo_id, private, token, …
+            dtype: of the saved weights, by default as they are; the text encoders are float32 whatever it is.
+
+        Raises:
+            InputError: a LoRA is loaded and not fused, or pickles were asked for.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def saved(name: str) -> Any:
-            part = getattr(self, name)
-            if dtype is None or not isinstance(part, nn.Module):
-                return part
-            wanted = torch.float32 if name.startswith("text_encoder") else dtype
-            return part if part.dtype == wanted else copy.deepcopy(part).to(wanted)
-
-        stock = StableDiffusionXLPipeline(
-            **{name: saved(name) for name in BASE_PARTS},
+        if not safe_serialization:
+            raise InputError("FaceSnap writes safetensors only; leave out safe_serialization=False.")
+        folder.write(
+            Path(save_directory),
+            {name: getattr(self, name) for name in (*BASE_PARTS, *OUR_PARTS)},
+            replace(self.settings, kind=self.kind),
+            dtype=dtype,
             force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-            add_watermarker=False,
+            variant=variant,
+            max_shard_size=max_shard_size,
         )
-        stock.save_pretrained(folder, max_shard_size=max_shard_size)
-        for name in OUR_PARTS:
-            part, place = saved(name), folder / FOLDERS.get(name, name)
-            if part is None:
-                continue
-            if name in WEIGHTS:
-                part.save_pretrained(place, max_shard_size=max_shard_size)
-            elif name != "scorer":
-                part.save_pretrained(place)
-            elif part.path.resolve() != (place / SCORER_NAME).resolve():
-                place.mkdir(exist_ok=True)
-                shutil.copyfile(part.path, place / SCORER_NAME)
-        settings = json.dumps(asdict(self.settings) | {"kind": self.kind}, indent=2, ensure_ascii=False)
-        (folder / SETTINGS_NAME).write_text(settings + "\n", encoding="utf-8")
+        if push_to_hub:
+            name, private = hub.pop("repo_id", Path(save_directory).name), hub.pop("private", None)
+            repo = create_repo(name, private=private, token=hub.get("token"), exist_ok=True)
+            self._upload_folder(save_directory, repo.repo_id, **hub)
 
     def set_memory(self, mode: str | None = None, device: str | torch.device | None = None) -> str:
         """Bring the pipeline to a device in memory mode "full", "balanced" or "low"; see `facesnap.memory`."""
@@ -840,82 +798,3 @@ def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
         several = isinstance(generator, list)
         made.noise_sampler_seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
     return made
-
-
-# ---------------------------------------------------------------------- reading a checkpoint
-
-
-def _local_folder(model: str | Path) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
-    problem = f"There is no folder '{model}'"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        try:
-            return Path(snapshot_download(str(model)))
-        except (OSError, ValueError) as error:  # Hub errors and those of the network are OSErrors
-            problem += f", and the Hub gave none of that name ({type(error).__name__})"
-            raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.") from error
-    raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.")
-
-
-def _incomplete(model: str | Path, part: str) -> InputError:
-    return InputError(f"The checkpoint '{model}' has no {part}; fetch or build it again.")
-
-
-def _read_settings(model: str | Path, folder: Path, kind: str | None = None) -> Settings:
-    """facesnap.json of a checkpoint, which must be of that kind where one is given."""
-    path = folder / SETTINGS_NAME
-    if not path.is_file():
-        if (folder / "model_index.json").is_file():
-            raise InputError(
-                f"'{model}' is a plain SDXL checkpoint without FaceSnap's parts; load it with diffusers "
-                "and give it to FaceSnapPipeline.from_pipe with a FaceSnap checkpoint."
-            )
-        raise _incomplete(model, SETTINGS_NAME)
-    with reading(f"The {SETTINGS_NAME} of the checkpoint '{model}'"):
-        settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
-    if kind not in (None, settings.kind):
-        raise InputError(
-            f"The checkpoint '{model}' is of kind '{settings.kind}', not '{kind}'; "
-            "facesnap.checkpoints.load opens every kind."
-        )
-    return settings
-
-
-def _load_our_parts(
-    model: str | Path,
-    folder: Path,
-    settings: Settings,
-    dtype: torch.dtype | None,
-    providers: tuple[str, ...],
-    classes: dict[str, Any],
-    skip: dict[str, Any],
-) -> dict[str, Any]:
-    def weights(kind: Any) -> Callable[[Path], Any]:
-        def load(place: Path) -> Any:
-            module, report = kind.from_pretrained(place, torch_dtype=dtype or torch.float32, output_loading_info=True)
-            if report["missing_keys"]:
-                # diffusers would fill the gaps with random numbers and say so in the log only
-                raise ValueError(f"{len(report['missing_keys'])} tensors are missing")
-            return module.eval()
-
-        return load
-
-    loaders: dict[str, Callable[[Path], Any]] = {
-        **{name: weights(kind) for name, kind in classes.items()},
-        "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
-        "head_model": read_head,
-        "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),
-    }
-    parts: dict[str, Any] = {}
-    for name, load in loaders.items():
-        place = folder / FOLDERS.get(name, name)
-        optional = name == "scorer" or (name == "ffrnet" and settings.variant == "none")
-        if name in skip or (optional and not place.is_dir()):
-            parts[name] = skip.get(name)
-            continue
-        if not place.is_dir():
-            raise _incomplete(model, place.name)
-        with reading(f"The {place.name} of the checkpoint '{model}'"):
-            parts[name] = load(place)
-    return {name: None for name in WEIGHTS} | parts

@@ -25,8 +25,8 @@ def tiny_readers(monkeypatch):
     """Lets `from_pretrained` read the tiny stand-ins of the two parts that are ONNX files."""
     from tiny import TinyAnalyser, TinyScorer
 
-    monkeypatch.setattr("facesnap.pipeline.FaceAnalyser", TinyAnalyser)
-    monkeypatch.setattr("facesnap.pipeline.Recogniser", TinyScorer)
+    monkeypatch.setattr("facesnap.folder.FaceAnalyser", TinyAnalyser)
+    monkeypatch.setattr("facesnap.folder.Recogniser", TinyScorer)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae
 from transformers import CLIPConfig, CLIPModel
 
-from facesnap.pipeline import BASE_PARTS
+from facesnap.folder import BASE_PARTS
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
 PACK = {"detector": "scrfd_10g_bnkps", "landmarks": "1k3d68", "recogniser": "glintr100"}  # antelopev2's names

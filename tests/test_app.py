@@ -848,7 +848,7 @@ needs_mini = pytest.mark.skipif(not MINI.exists() and not os.environ.get("CI"), 
 
 @needs_mini
 def test_every_template_has_its_thumbnail_and_every_example_its_photo():
-    from facesnap.pipeline import Settings
+    from facesnap.folder import Settings
 
     assert all((app.ASSETS / "templates" / f"{template.name}.png").exists() for template in TEMPLATES)
     shelf = app.examples(app.ASSETS / "examples")

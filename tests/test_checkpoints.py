@@ -25,9 +25,12 @@ from tiny import TinyAnalyser, photo, tiny_unet
 from tiny_batches import stream
 from tiny_instantid import write_instantid
 
-from facesnap import checkpoints, checks
+from facesnap import checkpoints
+from facesnap.checkpoints import plans, sources, verify
+from facesnap.checkpoints.__main__ import main
 from facesnap.errors import InputError
 from facesnap.ffrnet import VARIANTS
+from facesnap.folder import BASE_PARTS
 from facesnap.instantid import InstantIDPipeline
 from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline
@@ -63,14 +66,41 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
+SIZES = {  # of some files, as the Hub might give them
+    "unet/diffusion_pytorch_model.fp16.safetensors": 5_135_149_760,
+    "ip-adapter.bin": 1_691_134_141,
+    "model_index.json": 609,
+}
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """A Hub that answers what is in its repositories, and lets nothing be fetched."""
+
+    def model_info(self, repo, revision=None, files_metadata=False):
+        files = [SimpleNamespace(rfilename=path, size=SIZES.get(path, 1_000_000)) for path in ALL_FILES]
+        return SimpleNamespace(siblings=files)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("facesnap.checkpoints.sources.HfApi.model_info", model_info)
+    monkeypatch.setattr(
+        "facesnap.checkpoints.sources.urlopen", lambda *a, **k: SimpleNamespace(headers={"Content-Length": 900})
+    )
+
+
+ALL_FILES = [
+    file.path for source in (sources.SDXL, sources.INSTANTID, sources.CLIP, sources.HEAD) for file in source.files
+]
+
+
 @pytest.fixture
 def pack(monkeypatch):
     """antelopev2 where InsightFace unpacks it; its files are the mini's, so their sizes are those."""
     folder = write_pack(Path.home() / ".insightface" / "models" / "antelopev2")
     files = tuple(
-        replace(file, size=(folder / "antelopev2" / file.path).stat().st_size) for file in checkpoints.FACE_PACK.files
+        replace(file, size=(folder / "antelopev2" / file.path).stat().st_size) for file in sources.FACE_PACK.files
     )
-    monkeypatch.setattr(checkpoints, "FACE_PACK", replace(checkpoints.FACE_PACK, files=files))
+    monkeypatch.setattr(sources, "FACE_PACK", replace(sources.FACE_PACK, files=files))
     return folder
 
 
@@ -78,9 +108,9 @@ def pack(monkeypatch):
 def full_hub(hub, made, pack):
     """All that instantid needs but its head, which the tests give."""
     for source, folder in (
-        (checkpoints.DREAMSHAPER, "base"),
-        (checkpoints.INSTANTID, "instantid"),
-        (checkpoints.CLIP, "clip"),
+        (sources.DREAMSHAPER, "base"),
+        (sources.INSTANTID, "instantid"),
+        (sources.CLIP, "clip"),
     ):
         put(hub, source.repo, source.revision, made / folder)
     return hub
@@ -121,7 +151,7 @@ def test_the_mini_outside_a_checkout_and_a_kind_of_tomorrow(tmp_path, monkeypatc
     (tmp_path / "facesnap.json").write_text(json.dumps(told | {"kind": "holographic"}))
     with pytest.raises(InputError, match="is of kind 'holographic', which is not known; update facesnap"):
         checkpoints.plan(tmp_path)
-    monkeypatch.setattr(checkpoints, "MINI", tmp_path / "nowhere")
+    monkeypatch.setattr(plans, "MINI", tmp_path / "nowhere")
     with pytest.raises(InputError, match="The mini lies in assets/mini of the repository; run from a checkout"):
         checkpoints.plan("mini")
 
@@ -138,40 +168,40 @@ def test_environment_names_model_and_memory(monkeypatch):
 # ---------------------------------------------------------------------- show
 
 
-def test_show_lists_every_file_with_size_licence_and_pin(hub, made):
-    shown = checkpoints.show(checkpoints.plan("instantid"))
+def test_show_lists_every_file_with_size_licence_and_pin(hub, made, online):
+    shown = re.sub(" +", " ", checkpoints.show(checkpoints.plan("instantid")))
     for line in (
         "base model: Lykon/dreamshaper-xl-v2-turbo @ main, NOT PINNED",
         "InstantID: InstantX/InstantID @ 57b32dfee076092ad2930c71fd6d439c2c3b1820",
-        "fetch      5.14 GB  unet/diffusion_pytorch_model.fp16.safetensors",
-        "fetch      1.69 GB  ip-adapter.bin",
-        "fetch     260.7 MB  glintr100.onnx",
-        "licence: non-commercial research only  ** NO COMMERCIAL USE **",
+        "fetch 5.14 GB unet/diffusion_pytorch_model.fp16.safetensors",
+        "fetch 1.69 GB ip-adapter.bin",
+        "fetch 260.7 MB glintr100.onnx",
+        "fetch 0.9 kB gnm/shape/data/landmarks/head_sparse_68.txt",
+        "licence: non-commercial research only ** NO COMMERCIAL USE **",
         "head model: google/gnm-v3 @",
+        "7.27 GB from elsewhere, 7.27 GB of it still to be fetched",
     ):
         assert line in shown
     assert "face encoder" not in shown  # InstantID has none
-    put(hub, "InstantX/InstantID", checkpoints.INSTANTID.revision, made / "instantid")
-    shown = checkpoints.show(checkpoints.plan("instantid"))
-    assert "cached     1.69 GB  ip-adapter.bin" in shown
-    assert "fetch      5.14 GB" in shown
+    folder = put(hub, "InstantX/InstantID", sources.INSTANTID.revision, made / "instantid")
+    shown = re.sub(" +", " ", checkpoints.show(checkpoints.plan("instantid")))
+    size = (folder / "ip-adapter.bin").stat().st_size
+    assert f"cached {size / 1e3:.1f} kB ip-adapter.bin" in shown  # what lies here is as large as it is
+    assert "fetch 5.14 GB" in shown
 
 
-def test_the_readme_shows_what_the_commands_print():
-    """The listing word for word; of the check all but the megabytes, which change with every training of the mini."""
-    readme = (MINI.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert f"```\n{checkpoints.show(checkpoints.plan('instantid'))}\n```" in readme
-    shown = readme.split("$ python -m facesnap.checkpoints check assets/mini\n")[1].split("\n```")[0]
-    printed = checks.table(checks.check(MINI))
-    said, is_ = (re.sub(r" +\d+\.\d+( MB)?", "", text) for text in (shown, printed))
-    assert said == is_
+def test_sizes_that_nobody_can_say_are_not_made_up(hub):
+    """Offline: only what InsightFace's pack weighs is known, since its files are told apart by that."""
+    shown = re.sub(" +", " ", checkpoints.show(checkpoints.plan("instantid")))
+    assert "fetch size unknown ip-adapter.bin" in shown and "fetch 260.7 MB glintr100.onnx" in shown
+    assert "23 files of unknown size and 421.2 MB from elsewhere" in shown
 
 
 def test_show_from_the_command_line(capsys):
-    checkpoints.main(["show", "mini"])
+    main(["show", "mini"])
     assert "nothing to fetch" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="did you mean 'instantid'"):
-        checkpoints.main(["show", "instantdi"])
+        main(["show", "instantdi"])
 
 
 # ---------------------------------------------------------------------- fetching
@@ -183,8 +213,8 @@ def test_offline_one_error_names_the_files_and_where_they_belong(hub):
     said = str(caught.value)
     for words in (
         "HF_HUB_OFFLINE is set",
-        "InstantID, 3 files of InstantX/InstantID, 4.19 GB",
-        f"hf download InstantX/InstantID --revision {checkpoints.INSTANTID.revision} ControlNetModel/config.json",
+        "InstantID, 3 files of InstantX/InstantID: on a machine",
+        f"hf download InstantX/InstantID --revision {sources.INSTANTID.revision} ControlNetModel/config.json",
         "ip-adapter.bin",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "models--InstantX--InstantID",
@@ -195,35 +225,38 @@ def test_offline_one_error_names_the_files_and_where_they_belong(hub):
         assert words in said
 
 
-def test_network_errors_are_the_same_error(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+def test_network_errors_are_the_same_error(monkeypatch, online):
+    monkeypatch.setattr(
+        "facesnap.checkpoints.sources.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
+    )
     with pytest.raises(InputError, match=r"(?s)could not be fetched \(OSError\).*Lykon"):
         checkpoints.fetch(checkpoints.plan("instantid"), yes=True)
 
 
-def test_a_disk_that_fills_while_fetching(monkeypatch):
+def test_a_disk_that_fills_while_fetching(monkeypatch, online):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", full)
-    with pytest.raises(InputError, match=r"The disk is full; 'instantid' needs 11\.\d+ GB"):
+    monkeypatch.setattr("facesnap.checkpoints.sources.snapshot_download", full)
+    with pytest.raises(InputError, match=r"The disk is full; 'instantid' needs 7\.27 GB"):
         checkpoints.fetch(checkpoints.plan("instantid"), yes=True)
 
 
-def test_large_files_are_not_fetched_unasked(monkeypatch):
-    with pytest.raises(InputError, match=r"needs 11\.\d+ GB from .*fetch instantid --yes"):
+def test_large_files_are_not_fetched_unasked(monkeypatch, online):
+    with pytest.raises(InputError, match=r"needs 7\.27 GB from .*fetch instantid --yes"):
         checkpoints.load("instantid", device="cpu")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: "n")
     with pytest.raises(InputError, match="Nothing was fetched"):
         checkpoints.load("instantid", device="cpu")
+    monkeypatch.setattr(sources.Source, "sized", lambda self: self)
+    with pytest.raises(InputError, match="Nothing was fetched"):  # nor those of which nobody knows how large they are
+        checkpoints.fetch(checkpoints.plan("instantid"))
 
 
-def test_no_room_on_the_disk(monkeypatch):
+def test_no_room_on_the_disk(monkeypatch, online):
     monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(10**10, 10**9, 10**9))
-    with pytest.raises(InputError, match=r"no room: 11\.\d+ GB are to be fetched and 1.00 GB are free"):
+    with pytest.raises(InputError, match=r"no room: 7\.27 GB are to be fetched and 1.00 GB are free"):
         checkpoints.load("instantid", device="cpu", yes=True)
 
 
@@ -235,15 +268,15 @@ def test_small_files_are_fetched_unasked_and_checked(hub, made, monkeypatch):
         asked.append((repo, revision, tuple(allow_patterns)))
         put(hub, repo, revision, made / "clip")
 
-    monkeypatch.setattr("facesnap.checkpoints.snapshot_download", download)
-    small = replace(checkpoints.CLIP, files=tuple(replace(file, size=1000) for file in checkpoints.CLIP.files))
-    wanted = checkpoints.Plan("x", "facesnap", {}, {"face_encoder": small})
+    monkeypatch.setattr("facesnap.checkpoints.sources.snapshot_download", download)
+    small = replace(sources.CLIP, files=tuple(replace(file, size=1000) for file in sources.CLIP.files))
+    wanted = plans.Plan("x", "facesnap", {}, {"face_encoder": small})
     checkpoints.fetch(wanted)
     assert asked == [(small.repo, small.revision, ("config.json", "model.safetensors"))]
     assert wanted.place("face_encoder").name == small.revision
-    lost = replace(small, files=(*small.files, checkpoints.File("tokens.json", 1)))
+    lost = replace(small, files=(*small.files, sources.File("tokens.json", 1)))
     with pytest.raises(InputError, match="it did not arrive"):
-        checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_encoder": lost}))
+        checkpoints.fetch(plans.Plan("x", "facesnap", {}, {"face_encoder": lost}))
 
 
 def test_face_pack_is_unpacked_by_insightface_and_checked(pack, monkeypatch):
@@ -255,31 +288,31 @@ def test_face_pack_is_unpacked_by_insightface_and_checked(pack, monkeypatch):
         shutil.copytree(kept, pack)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "insightface_download", unpack)
-    source = checkpoints.FACE_PACK
+    monkeypatch.setattr(sources, "insightface_download", unpack)
+    source = sources.FACE_PACK
     assert source.cached(source.files[0]) is None
     with pytest.raises(InputError, match="scrfd_10g_bnkps.onnx of antelopev2 did not arrive whole"):
-        checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_pack": source}), yes=True)
-    true = {file.path: checkpoints._sha256(source.cached(file)) for file in source.files}
+        checkpoints.fetch(plans.Plan("x", "facesnap", {}, {"face_pack": source}), yes=True)
+    true = {file.path: sources.digest(source.cached(file)) for file in source.files}
     right = replace(source, files=tuple(replace(file, sha256=true[file.path]) for file in source.files))
     shutil.rmtree(pack)
-    checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"face_pack": right}), yes=True)
+    checkpoints.fetch(plans.Plan("x", "facesnap", {}, {"face_pack": right}), yes=True)
     assert right.cached(right.files[0]).parent == pack / "antelopev2"
 
 
 def test_head_landmarks_come_from_github_at_a_commit_and_are_checked(tmp_path, monkeypatch):
-    source = checkpoints.HEAD_LANDMARKS
+    source = sources.HEAD_LANDMARKS
     served = tmp_path / "web" / source.repo / source.revision / source.files[0].path
     served.parent.mkdir(parents=True)
     served.write_text("0 1 1 0 2 0\n" * 68)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "GITHUB", (tmp_path / "web").as_uri())
-    wanted = checkpoints.Plan("x", "facesnap", {}, {"head_landmarks": source})
+    monkeypatch.setattr(sources, "GITHUB", (tmp_path / "web").as_uri())
+    wanted = plans.Plan("x", "facesnap", {}, {"head_landmarks": source})
     with pytest.raises(InputError, match="could not be fetched .RuntimeError"):  # the hash is another
         checkpoints.fetch(wanted)
     assert source.cached(source.files[0]) is None
-    right = replace(source, files=(replace(source.files[0], sha256=checkpoints._sha256(served)),))
-    checkpoints.fetch(checkpoints.Plan("x", "facesnap", {}, {"head_landmarks": right}))
+    right = replace(source, files=(replace(source.files[0], sha256=sources.digest(served)),))
+    checkpoints.fetch(plans.Plan("x", "facesnap", {}, {"head_landmarks": right}))
     assert right.cached(right.files[0]).read_text() == served.read_text()
 
 
@@ -291,9 +324,9 @@ def test_instantid_from_the_hub_cache_makes_a_portrait(full_hub, tmp_path):
     model, landmarks = write_gnm(tmp_path / "gnm")
     (tmp_path / "gnm" / "v3_0").mkdir()
     model.rename(tmp_path / "gnm" / "v3_0" / model.name)
-    checkpoints.HEAD_LANDMARKS.folder.mkdir(parents=True)
-    landmarks.rename(checkpoints.HEAD_LANDMARKS.folder / landmarks.name)
-    put(full_hub, checkpoints.HEAD.repo, checkpoints.HEAD.revision, tmp_path / "gnm")
+    sources.HEAD_LANDMARKS.folder.mkdir(parents=True)
+    landmarks.rename(sources.HEAD_LANDMARKS.folder / landmarks.name)
+    put(full_hub, sources.HEAD.repo, sources.HEAD.revision, tmp_path / "gnm")
 
     pipe = checkpoints.load("instantid", device="cpu")
     assert pipe.head_model.name == "GNM Head v3"
@@ -321,7 +354,7 @@ def test_controlnet_of_another_architecture(full_hub, made, tmp_path):
     unet.register_to_config(cross_attention_dim=24)
     ControlNetModel.from_unet(unet, load_weights_from_unet=False).save_pretrained(folder / "ControlNetModel")
     shutil.rmtree(full_hub / "models--InstantX--InstantID")
-    put(full_hub, "InstantX/InstantID", checkpoints.INSTANTID.revision, folder)
+    put(full_hub, "InstantX/InstantID", sources.INSTANTID.revision, folder)
     with pytest.raises(InputError, match="ControlNet's cross_attention_dim is 24, the UNet's 32"):
         checkpoints.load("instantid", device="cpu", head=HEAD)
 
@@ -369,12 +402,12 @@ def test_of_a_base_on_the_hub_only_what_is_read_is_listed_and_at_its_commit(monk
         "vae_1_0/diffusion_pytorch_model.safetensors": 334_000_000,
     }
 
-    def model_info(self, repo, files_metadata):
+    def model_info(self, repo, files_metadata=False):
         files = [SimpleNamespace(rfilename=path, size=size) for path, size in sizes.items()]
         return SimpleNamespace(siblings=files, sha="a" * 40, card_data={"license": "openrail++"})
 
-    monkeypatch.setattr("facesnap.checkpoints.HfApi.model_info", model_info)
-    source = checkpoints.listing("someone/sdxl", "base model")
+    monkeypatch.setattr("facesnap.checkpoints.plans.HfApi.model_info", model_info)
+    source = plans.listing("someone/sdxl", "base model")
     assert (source.revision, source.licence) == ("a" * 40, "openrail++")
     assert {file.path for file in source.files} == {
         "model_index.json",
@@ -387,7 +420,7 @@ def test_of_a_base_on_the_hub_only_what_is_read_is_listed_and_at_its_commit(monk
     for path in [path for path in sizes if not path.endswith((".bin", ".json"))]:
         del sizes[path]
     with pytest.raises(InputError, match="holds no safetensors weights"):
-        checkpoints.listing("someone/pickles", "base model")
+        plans.listing("someone/pickles", "base model")
 
 
 def test_lora_of_the_base(full_hub, made, tmp_path):
@@ -407,7 +440,7 @@ def test_lora_of_the_base(full_hub, made, tmp_path):
 
 def test_base_in_one_file(full_hub, made, tmp_path):
     """With the small files of SDXL's own repository, and the same weights as from folders, half precision apart."""
-    put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    put(full_hub, sources.SDXL.repo, sources.SDXL.revision, made / "base")
     file = write_single_file(tmp_path / "base.safetensors", tiny_sdxl())
     pipe = checkpoints.load(made / "slim", base=file, device="cpu", head=HEAD)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -462,7 +495,7 @@ def test_stable_diffusion_1_5(full_hub, made, tmp_path):
     ],
 )
 def test_single_files_that_are_no_sdxl(full_hub, made, tmp_path, key, sentence):
-    small = put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    small = put(full_hub, sources.SDXL.repo, sources.SDXL.revision, made / "base")
     assert small.is_dir()
     save_file({key: torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=sentence):
@@ -470,7 +503,7 @@ def test_single_files_that_are_no_sdxl(full_hub, made, tmp_path, key, sentence):
 
 
 def test_single_files_that_cannot_be_read(full_hub, made, tmp_path):
-    put(full_hub, checkpoints.SDXL.repo, checkpoints.SDXL.revision, made / "base")
+    put(full_hub, sources.SDXL.repo, sources.SDXL.revision, made / "base")
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 40)
     with pytest.raises(InputError, match="model.safetensors' is truncated or damaged"):
         load_on(tmp_path / "model.safetensors", made)
@@ -495,16 +528,16 @@ def test_face_pack_without_a_file(full_hub, made, tmp_path):
 
 def test_the_mini_passes_its_check(capsys):
     with pytest.raises(SystemExit) as ended:
-        checkpoints.main(["check", str(MINI)])
+        main(["check", str(MINI)])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "no problems found" in out and "PROBLEM" not in out
     assert all(part in out for part in ("unet", "mixer", "ffrnet", "face_analyser", "scorer"))
 
 
 def test_check_says_what_a_slim_folder_takes_from_elsewhere(made):
-    report = checks.check(made / "slim")
+    report = verify.check(made / "slim")
     assert report.problems == () and report.absent["face_encoder"].startswith("laion/")
-    assert "not there, taken from elsewhere: unet (the base model)" in checks.table(report)
+    assert "not there, taken from elsewhere: unet (the base model)" in verify.table(report)
 
 
 def test_check_finds_what_is_wrong(made, tmp_path):
@@ -517,34 +550,34 @@ def test_check_finds_what_is_wrong(made, tmp_path):
     del tensors[key]
     save_file(tensors, file)
     shutil.rmtree(folder / "ffrnet")
-    problems = " ".join(checks.check(folder).problems)
+    problems = " ".join(verify.check(folder).problems)
     assert "ffrnet is missing" in problems
     assert f"mixer: 1 tensors are missing, such as {key}" in problems
     assert "mixer: 1 tensors have other shapes, such as queries: (1, 2, 24), not (1, 4, 24)" in problems
     assert "mixer: 1 tensors belong to no such model, such as surplus" in problems
     assert "mixer: its tensors are of several dtypes, F16, F32" in problems
     with pytest.raises(SystemExit) as ended:
-        checkpoints.main(["check", str(folder)])
+        main(["check", str(folder)])
     assert ended.value.code == 1
 
 
 def test_check_compares_parts_with_each_other():
     unet = dict(tiny_unet(4).config)
-    assert checks.mismatches({"unet": unet, "mixer": {"token_dim": 32}}) == []
-    (problem,) = checks.mismatches({"unet": unet, "mixer": {"token_dim": 2048}})
+    assert verify.mismatches({"unet": unet, "mixer": {"token_dim": 32}}) == []
+    (problem,) = verify.mismatches({"unet": unet, "mixer": {"token_dim": 2048}})
     assert "width of the face tokens is 2048, the UNet's 32" in problem
-    (problem,) = checks.mismatches({"mixer": {"clip_dim": 1280}, "face_encoder": {"hidden_size": 1024}})
+    (problem,) = verify.mismatches({"mixer": {"clip_dim": 1280}, "face_encoder": {"hidden_size": 1024}})
     assert "face encoder's width is 1024" in problem
     ffrnet = dict(ControlNetModel.from_unet(tiny_unet(4), load_weights_from_unet=False).config)
-    (problem,) = checks.mismatches({"unet": unet, "ffrnet": ffrnet | {"addition_embed_type": None}})
+    (problem,) = verify.mismatches({"unet": unet, "ffrnet": ffrnet | {"addition_embed_type": None}})
     assert "ControlNet is for Stable Diffusion 1 or 2" in problem
 
 
 def test_check_of_no_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit, match="There is no folder"):
-        checkpoints.main(["check", str(tmp_path / "none")])
+        main(["check", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="has no facesnap.json"):
-        checkpoints.main(["check", str(tmp_path)])
+        main(["check", str(tmp_path)])
 
 
 # ---------------------------------------------------------------------- init
@@ -552,7 +585,7 @@ def test_check_of_no_checkpoint(tmp_path, capsys):
 
 def test_an_untrained_facesnap_changes_nothing_of_its_base(full_hub, made, tmp_path):
     said = checkpoints.init(tmp_path / "start", base=made / "base", head=HEAD).settings.about["start"]
-    assert checks.check(tmp_path / "start").problems == () and not list(tmp_path.glob("*.tmp"))
+    assert verify.check(tmp_path / "start").problems == () and not list(tmp_path.glob("*.tmp"))
     pipe = FaceSnapPipeline.from_pretrained(tmp_path / "start")
     assert pipe.settings.size == 32 and (pipe.settings.steps, pipe.settings.guidance) == (30, 5.0)
     assert said == pipe.settings.about["start"] and "outputs, which are zero" in said["new"]
@@ -563,7 +596,7 @@ def test_an_untrained_facesnap_changes_nothing_of_its_base(full_hub, made, tmp_p
     pipe.face_analyser = TinyAnalyser(pipe.head_model)
     how = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
     ours = pipe("a photo", reference=photo(1), seed=3, score=False, **how).images
-    stock = StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in checkpoints.BASE_PARTS})
+    stock = StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in BASE_PARTS})
     stock.set_progress_bar_config(disable=True)
     assert torch.equal(ours, stock("a photo", generator=torch.Generator().manual_seed(3), **how).images)
 
@@ -579,7 +612,7 @@ def test_a_known_base_brings_its_sampler(full_hub, pack, tmp_path):
 
 
 def test_instantids_controlnet_is_kept_but_for_its_drawing(full_hub, pack, made, tmp_path, capsys):
-    checkpoints.main(["init", "--ffrnet", "instantid", "--head", str(HEAD), "--out", str(tmp_path / "start")])
+    main(["init", "--ffrnet", "instantid", "--head", str(HEAD), "--out", str(tmp_path / "start")])
     assert "kept: InstantID's encoder" in capsys.readouterr().out
     pipe = FaceSnapPipeline.from_pretrained(tmp_path / "start")
     assert "InstantX/InstantID" in pipe.settings.about["license"]
@@ -602,7 +635,7 @@ def test_ffrnet_from_a_folder_or_a_facesnap(full_hub, pack, made, tmp_path):
 )
 def test_every_row_of_tables_2_and_3_begins_and_trains(mixer, variant, full_hub, pack, made, tmp_path):
     words = ["init", "--base", str(made / "base"), "--head", str(HEAD), "--mixer", mixer, "--variant", variant]
-    checkpoints.main([*words, "--out", str(tmp_path / "start")])
+    main([*words, "--out", str(tmp_path / "start")])
     began = FaceSnapPipeline.from_pretrained(tmp_path / "start")
     assert began.settings.variant == variant and began.mixer.config.variant == mixer
     assert (began.ffrnet is None) == (variant == "none")
@@ -619,7 +652,7 @@ def test_every_row_of_tables_2_and_3_begins_and_trains(mixer, variant, full_hub,
 
 def test_a_facesnap_lends_what_is_not_learned(tmp_path):
     checkpoints.init(tmp_path / "start", base="mini")
-    assert checks.check(tmp_path / "start").problems == ()
+    assert verify.check(tmp_path / "start").problems == ()
     for part in ("face_pack", "head", "scorer"):
         for file in (tmp_path / "start" / part).glob("*.onnx"):
             assert file.read_bytes() == (MINI / part / file.name).read_bytes()
@@ -649,7 +682,7 @@ def test_what_cannot_be_a_start_is_refused(full_hub, pack, made, tmp_path, monke
     half(other / "unet")
     refused("takes 9 channels, 4 of them latents", base=other)
     monkeypatch.setattr(
-        checkpoints.FaceSnapPipeline,
+        FaceSnapPipeline,
         "save_pretrained",
         lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
@@ -660,6 +693,6 @@ def test_what_cannot_be_a_start_is_refused(full_hub, pack, made, tmp_path, monke
         checkpoints.init(tmp_path / "full", base="mini")
 
 
-def test_a_start_is_not_fetched_unasked(hub, tmp_path):
+def test_a_start_is_not_fetched_unasked(hub, tmp_path, online):
     with pytest.raises(InputError, match="'FaceSnap on Lykon/dreamshaper-xl-v2-turbo' needs .* GB .*give --yes"):
         checkpoints.init(tmp_path / "start")

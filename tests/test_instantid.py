@@ -13,7 +13,8 @@ from tiny_instantid import HEADS, TOKENS, adapter_state, tiny_instantid
 from torch.nn import functional as F
 
 from facesnap.errors import InputError
-from facesnap.instantid import FaceAdapter, InstantIDPipeline, attach, draw_five
+from facesnap.face_adapter import FaceAdapter
+from facesnap.instantid import InstantIDPipeline, attach, draw_five
 from facesnap.landmarks import to_68
 from facesnap.pipeline import FaceSnapPipeline
 

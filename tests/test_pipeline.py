@@ -19,7 +19,8 @@ from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
 from facesnap.errors import InputError
 from facesnap.ffrnet import attach
-from facesnap.pipeline import BASE_PARTS, SCHEDULERS, FaceSnapPipeline
+from facesnap.folder import BASE_PARTS
+from facesnap.pipeline import SCHEDULERS, FaceSnapPipeline
 
 ALICE, BOB = photo(1), photo(2)
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -534,7 +535,7 @@ def test_half_precision_on_a_cpu_is_refused(saved, tiny_readers):
 
 def test_hub_ids_are_snapshotted_first(saved, tiny_readers, monkeypatch):
     asked = []
-    monkeypatch.setattr("facesnap.pipeline.snapshot_download", lambda name: asked.append(name) or saved)
+    monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name: asked.append(name) or saved)
     assert FaceSnapPipeline.from_pretrained("somebody/facesnap").settings.name == "tiny"
     assert asked == ["somebody/facesnap"]
 
@@ -543,7 +544,7 @@ def test_missing_folder_is_named(monkeypatch):
     def offline(name):
         raise OSError("no network")
 
-    monkeypatch.setattr("facesnap.pipeline.snapshot_download", offline)
+    monkeypatch.setattr("facesnap.folder.snapshot_download", offline)
     with pytest.raises(InputError, match="no folder 'assets/nowhere', and the Hub gave none"):
         FaceSnapPipeline.from_pretrained("assets/nowhere")
     with pytest.raises(InputError, match="no folder './nowhere'; give the folder"):

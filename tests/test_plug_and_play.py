@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import SIZE, TOKEN_DIM, photo, tiny_pipeline, tiny_unet
 
+from facesnap.folder import BASE_PARTS
 from facesnap.mini.style_lora import INKS, STYLES, StyleStage, add_lora, caption, save, screen_print
-from facesnap.pipeline import BASE_PARTS, FaceSnapPipeline
+from facesnap.pipeline import FaceSnapPipeline
 from facesnap.training.trainer import Trainer, TrainerConfig
 
 ALICE, BOB = photo(1), photo(2)

@@ -22,10 +22,11 @@ from transformers import (
 from facesnap.errors import InputError
 from facesnap.faces import Face
 from facesnap.ffrnet import FFRNet
+from facesnap.folder import Settings
 from facesnap.heads import Head, LinearHeadModel, rotation_from_euler
 from facesnap.landmarks import to_68
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import FaceSnapPipeline, Settings
+from facesnap.pipeline import FaceSnapPipeline
 
 SIZE = 64
 TOKEN_DIM, POOLED_DIM, CLIP_DIM = 32, 16, 16

@@ -8,8 +8,9 @@ import torch
 from diffusers import ControlNetModel, EulerDiscreteScheduler
 from tiny import SIZE, TOKEN_DIM, tiny_pipeline, tiny_unet, tiny_vae
 
-from facesnap.instantid import FaceAdapter, InstantIDPipeline
-from facesnap.pipeline import Settings
+from facesnap.face_adapter import FaceAdapter
+from facesnap.folder import Settings
+from facesnap.instantid import InstantIDPipeline
 
 WIDTH, HEADS, DEPTH, TOKENS = 128, 2, 3, 5
 

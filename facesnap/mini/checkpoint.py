@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from facesnap.faces import FaceAnalyser, Recogniser, five_points
+from facesnap.folder import Settings
 from facesnap.heads import LinearHeadModel
 from facesnap.mini import features as feats
 from facesnap.mini.joint import Parts, make_scheduler
@@ -22,7 +23,7 @@ from facesnap.mini.nets import face_encoder as clip
 from facesnap.mini.portraits import latest, load_parts
 from facesnap.mini.recipe import SIZE, Run
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import FaceSnapPipeline, Settings
+from facesnap.pipeline import FaceSnapPipeline
 from facesnap.synthetic.dataset import load_people
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with

@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint folder, found without loading it: keys, shapes, dtypes, and whether parts fit.
 
-Only the headers of the safetensors files are read, and the models are built on torch's meta device, so that a
-checkpoint of 14 GB is checked in seconds. The ONNX files are the exception: onnxruntime opens them.
+Only the headers of the safetensors files are read, so that a checkpoint of 14 GB is checked in seconds. The ONNX files
+are the exception: onnxruntime opens them.
 """
 
 from __future__ import annotations
@@ -13,41 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPTokenizer, CLIPVisionModel
 
+from facesnap import headers
+from facesnap.checkpoints.sources import CLIP, FACE_PACK, HEAD
 from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser, Recogniser
-from facesnap.ffrnet import FFRNet
+from facesnap.folder import BASE_CLASSES, BASE_PARTS, KINDS, SCORER_NAME, place_of, read_settings
 from facesnap.heads import from_pretrained as read_head
-from facesnap.instantid import FaceAdapter
-from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import BASE_PARTS, FOLDERS, SCORER_NAME, _read_settings
 
-BASE_CLASSES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
-OUR_CLASSES: dict[str, dict[str, Any]] = {
-    "facesnap": {"mixer": FacialAttributeMixer, "ffrnet": FFRNet, "face_encoder": CLIPVisionModel},
-    "instantid": {"mixer": FaceAdapter, "ffrnet": ControlNetModel},
-}
 FROM_ELSEWHERE = {  # parts that need not be in a folder: what `load` takes instead
     **dict.fromkeys(BASE_PARTS, "the base model"),
-    "face_encoder": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "face_analyser": "antelopev2",
-    "head_model": "google/gnm-v3",
+    "face_encoder": CLIP.repo,
+    "face_analyser": FACE_PACK.repo,
+    "head_model": HEAD.repo,
     "scorer": "none: portraits get no identity score",
 }
-# names that transformers gives or takes on loading, and what it computes anew
-PREFIXES = ("text_model.", "vision_model.")
-COMPUTED = "position_ids"
-# of a VAE's attention, before diffusers 0.17, which still reads them
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+EVALUATED_WITH = (SCORER_NAME, "attributes.json", "attributes_face.onnx", "attributes_whole.onnx")  # in scorer/
 
 
 @dataclass(frozen=True)
@@ -63,12 +45,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """parts that are there; absent ones with where they come from; problems of them and between them."""
+    """parts that are there; absent ones with where they come from; problems of them and between them; unevaluated:
+    files of scorer/ without which `facesnap.evaluation` cannot judge this checkpoint."""
 
     kind: str
     parts: tuple[Part, ...]
     absent: dict[str, str]
     problems: tuple[str, ...]
+    unevaluated: tuple[str, ...] = ()
 
 
 def check(folder: str | Path) -> Report:
@@ -76,14 +60,14 @@ def check(folder: str | Path) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder '{folder}'.")
-    settings = _read_settings(folder, folder)
-    if settings.kind not in OUR_CLASSES:
+    settings = read_settings(folder)
+    if settings.kind not in KINDS:
         raise InputError(f"'{folder}' is of kind '{settings.kind}', which nobody knows; update facesnap.")
-    classes = BASE_CLASSES | OUR_CLASSES[settings.kind]
-    names = (*BASE_PARTS, *OUR_CLASSES[settings.kind], "face_analyser", "head_model", "scorer")
+    classes = BASE_CLASSES | KINDS[settings.kind]
+    names = (*BASE_PARTS, *KINDS[settings.kind], "face_analyser", "head_model", "scorer")
     parts, absent, problems = [], {}, []
     for name in names:
-        place = folder / FOLDERS.get(name, name)
+        place = place_of(folder, name)
         if place.is_dir():
             parts.append(weights(name, place, classes[name]) if name in classes else _other(name, place))
         elif name in FROM_ELSEWHERE or (name == "ffrnet" and settings.variant == "none"):
@@ -94,8 +78,9 @@ def check(folder: str | Path) -> Report:
         lacking = sorted(set(absent) & set(BASE_PARTS))
         problems.append(f"The base model is there in part only; it lacks {', '.join(lacking)}.")
     problems += [problem for part in parts for problem in part.problems]
-    problems += mismatches({name: _config(folder / FOLDERS.get(name, name)) for name in classes})
-    return Report(settings.kind, tuple(parts), absent, tuple(problems))
+    problems += mismatches({name: _config(place_of(folder, name)) for name in classes})
+    unevaluated = tuple(name for name in EVALUATED_WITH if not (folder / "scorer" / name).is_file())
+    return Report(settings.kind, tuple(parts), absent, tuple(problems), unevaluated)
 
 
 def before_loading(folder: Path, parts: dict[str, Path]) -> list[str]:
@@ -114,111 +99,44 @@ def before_loading(folder: Path, parts: dict[str, Path]) -> list[str]:
     problems += [f"{name} is missing." for name in BASE_PARTS if not (folder / name).is_dir()]
     for name, place in places.items():
         if place.is_dir():
-            found, damage = _read_headers(name, place)
-            problems += damage or _gaps(name, place, found)
+            found, wrong = headers.read(place)
+            if not wrong and name in BASE_CLASSES:
+                wrong = headers.gaps(place, BASE_CLASSES[name], found)
+            problems += [f"{name}: {problem}" for problem in wrong]
     return problems
 
 
-def lacking(name: str, place: Path) -> list[str]:
-    """What a base model's part that can be read has too little of: diffusers and transformers fill such gaps with
-    random numbers, and say so in their logs only."""
-    if name not in BASE_CLASSES:
-        return []
-    found, damage = _read_headers(name, place)
-    return [] if damage else _gaps(name, place, found)
-
-
-def _gaps(name: str, place: Path, found: dict[str, Any]) -> list[str]:
-    if name not in BASE_CLASSES:
-        return []
-    try:
-        missing = _missing(found, _expected(place, BASE_CLASSES[name]))
-    except Exception:  # a config that no model can be made of: whoever loads it says so
-        missing = []
-    return [f"{name}: {len(missing)} tensors are missing, such as {missing[0]}."] if missing else []
-
-
-def weights(name: str, place: Path, kind: Any) -> Part:
+def weights(name: str, place: Path, model_class: Any) -> Part:
     """Compare the files of a torch component with the model that its config.json describes."""
-    found, problems = _read_headers(name, place)
+    found, problems = headers.read(place)
     if not problems:
-        problems += [f"{name}: {problem}" for problem in _against_config(found, place, kind)]
+        problems += _against_config(found, place, model_class)
     dtypes = {dtype for shape, dtype in found.values() if dtype not in ("I64", "I32")}
     if len(dtypes) > 1:
-        problems.append(f"{name}: its tensors are of several dtypes, {', '.join(sorted(dtypes))}.")
+        problems.append(f"its tensors are of several dtypes, {', '.join(sorted(dtypes))}.")
     if dtypes - {"F16", "BF16", "F32"}:
-        problems.append(f"{name}: its tensors are {', '.join(sorted(dtypes))}; float32, float16 or bfloat16 is needed.")
-    size = sum(file.stat().st_size for file in weight_files(place)[0])
-    return Part(name, len(found), size, "/".join(sorted(dtypes)), tuple(problems))
+        problems.append(f"its tensors are {', '.join(sorted(dtypes))}; float32, float16 or bfloat16 is needed.")
+    size = sum(file.stat().st_size for file in headers.weight_files(place)[0])
+    named = tuple(f"{name}: {problem}" for problem in problems)
+    return Part(name, len(found), size, "/".join(sorted(dtypes)), named)
 
 
-def _read_headers(name: str, place: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], list[str]]:
-    """Shape and dtype of every tensor of a component, and what is wrong with its files."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    files, missing = weight_files(place)
-    problems = [f"{name}: the shard {file} is missing." for file in missing]
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(key)
-                    found[key] = (tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError):
-            problems.append(f"{name}: {file.name} is truncated or damaged.")
-    if not files and not missing:
-        problems.append(f"{name}: there are no safetensors files.")
-    return found, problems
-
-
-def weight_files(place: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files of a component that a loader takes (half precision first), and missing shards."""
-    for variant in (".fp16", ""):
-        index = next(iter(place.glob(f"*.safetensors.index{variant}.json")), None)
-        if index is not None:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [place / shard for shard in shards]
-            return [file for file in files if file.is_file()], [file.name for file in files if not file.is_file()]
-        single = [place / f"{stem}{variant}.safetensors" for stem in ("model", "diffusion_pytorch_model")]
-        if files := [file for file in single if file.is_file()]:
-            return files, []
-    return [], []
-
-
-def _against_config(found: dict[str, tuple[tuple[int, ...], str]], place: Path, kind: Any) -> Iterator[str]:
+def _against_config(found: headers.Headers, place: Path, model_class: Any) -> Iterator[str]:
     try:
-        expected = _expected(place, kind)
+        expected = headers.expected(place, model_class)
     except Exception as error:  # a config that a model cannot be made of fails in that model's own way
-        yield f"its config.json describes no {kind.__name__} ({type(error).__name__}: {error})."
+        yield f"its config.json describes no {model_class.__name__} ({type(error).__name__}: {error})."
         return
-    have = {_bare(key): shape for key, (shape, dtype) in found.items()}
-    if missing := _missing(found, expected):
+    have = {headers.bare(key): shape for key, (shape, dtype) in found.items()}
+    if missing := headers.missing(found, expected):
         yield f"{len(missing)} tensors are missing, such as {missing[0]}."
     others = {key: shape for key, shape in have.items() if key in expected and shape != expected[key]}
     if others:
         key = min(others)
         yield f"{len(others)} tensors have other shapes, such as {key}: {others[key]}, not {expected[key]}."
-    spare = sorted(key for key in have.keys() - expected.keys() if not key.endswith(COMPUTED))
-    if spare and kind is not CLIPVisionModel:  # which may lie in the file of a whole CLIP
+    spare = sorted(key for key in have.keys() - expected.keys() if not key.endswith(headers.COMPUTED))
+    if spare and model_class is not CLIPVisionModel:  # which may lie in the file of a whole CLIP
         yield f"{len(spare)} tensors belong to no such model, such as {spare[0]}."
-
-
-def _missing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    return sorted(expected.keys() - {_bare(key) for key in found})
-
-
-def _expected(place: Path, kind: Any) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        if hasattr(kind, "load_config"):
-            model = kind.from_config(kind.load_config(place))
-        else:
-            model = kind(kind.config_class.from_pretrained(place))
-    return {_bare(key): tuple(tensor.shape) for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)}
-
-
-def _bare(key: str) -> str:
-    for old, new in OLD_NAMES.items():
-        key = key.replace(old, new)
-    return key.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
 
 
 def _other(name: str, place: Path) -> Part:
@@ -298,5 +216,7 @@ def table(report: Report) -> str:
     total = math.fsum(part.size for part in report.parts) / 1e6
     lines += [f"kind {report.kind}, {total:.1f} MB in all"]
     lines += [f"not there, taken from elsewhere: {name} ({source})" for name, source in report.absent.items()]
+    if report.unevaluated:
+        lines.append(f"python -m facesnap.evaluation would miss of scorer/: {', '.join(report.unevaluated)}")
     lines += [f"PROBLEM: {problem}" for problem in report.problems] or ["no problems found"]
     return "\n".join(lines)

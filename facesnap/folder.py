@@ -1,0 +1,277 @@
+"""What a checkpoint folder holds, and how it is read and written. Safetensors and ONNX only, never pickles.
+
+A checkpoint is a stock SDXL folder (`model_index.json` names the base model's parts only, so that diffusers'
+`StableDiffusionXLPipeline` loads it too) with our parts beside them:
+
+    facesnap.json   the checkpoint's defaults (`Settings`)
+    mixer/ ffrnet/ face_encoder/ head/   config.json + safetensors
+    face_pack/      detector, landmark net and recogniser as ONNX files in InsightFace's layout
+    scorer/         the recogniser that only scores, and the nets of the evaluation; may be absent
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel
+
+import facesnap
+from facesnap import headers
+from facesnap.errors import InputError, reading
+from facesnap.face_adapter import FaceAdapter
+from facesnap.faces import FaceAnalyser, Recogniser
+from facesnap.ffrnet import FFRNet, Variant
+from facesnap.heads import from_pretrained as read_head
+from facesnap.mixer import FacialAttributeMixer
+
+SETTINGS_NAME = "facesnap.json"
+SCORER_NAME = "recogniser.onnx"
+BASE_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+BASE_CLASSES: dict[str, Any] = {  # of the base model's parts that have weights
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+KINDS: dict[str, dict[str, Any]] = {  # the kinds of checkpoint, and the classes of our parts that have weights
+    "facesnap": {"mixer": FacialAttributeMixer, "ffrnet": FFRNet, "face_encoder": CLIPVisionModel},
+    "instantid": {"mixer": FaceAdapter, "ffrnet": ControlNetModel},
+}
+WEIGHTS = ("mixer", "ffrnet", "face_encoder")
+OUR_PARTS = (*WEIGHTS, "face_analyser", "head_model", "scorer")
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint wants when the caller does not say: facesnap.json.
+
+    kind: of its pipeline, one of KINDS; `facesnap.checkpoints.load` reads any.
+    size: side of its portraits in pixels. steps, guidance: of its sampler. variant: the row of Table 3 it was
+    trained as. same_person: cosine of two embeddings below which they are taken for different people. saturation:
+    how much of their colour the face encoder is shown of the references, 1 for all of it: photographs are more vivid
+    than rendered people, and an encoder that knows only these takes the warm gloss on black hair for brown.
+    about: whatever its maker notes (data version, licence), kept and not read.
+    """
+
+    name: str = "FaceSnap"
+    kind: str = "facesnap"
+    size: int = 1024
+    steps: int = 8
+    guidance: float = 2.0
+    variant: Variant = "predicted"
+    same_person: float = 0.25
+    saturation: float = 1.0
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def place_of(folder: Path, part: str) -> Path:
+    """Where a part lies in a checkpoint folder."""
+    return folder / {"face_analyser": "face_pack", "head_model": "head"}.get(part, part)
+
+
+def local_folder(model: str | Path, **hub: Any) -> Path:
+    """The folder of a checkpoint, or the snapshot of a Hub id "owner/name", taken with `hub` (HUB_ARGUMENTS)."""
+    if Path(model).is_dir():
+        return Path(model)
+    problem = f"There is no folder '{model}'"
+    if re.fullmatch(HUB_ID, str(model)):
+        try:
+            return Path(snapshot_download(str(model), **hub))
+        except (OSError, ValueError) as error:  # Hub errors and those of the network are OSErrors
+            problem += f", and the Hub gave none of that name ({type(error).__name__})"
+            raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.") from error
+    raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.")
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_settings(folder: Path, name: str | Path | None = None, kind: str | None = None) -> Settings:
+    """facesnap.json of a checkpoint that errors call `name`; it must be of that kind where one is given."""
+    name, path = name or folder, folder / SETTINGS_NAME
+    if not path.is_file():
+        if (folder / "model_index.json").is_file():
+            raise InputError(
+                f"'{name}' is a plain SDXL checkpoint without FaceSnap's parts; load it with diffusers "
+                "and give it to FaceSnapPipeline.from_pipe with a FaceSnap checkpoint."
+            )
+        raise incomplete(name, SETTINGS_NAME)
+    with reading(f"The {SETTINGS_NAME} of the checkpoint '{name}'"):
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        written_by = values.pop("facesnap", None)
+        unknown = sorted(values.keys() - {known.name for known in fields(Settings)})
+        if unknown:
+            by = f", written by facesnap {written_by}" if written_by else ""
+            raise InputError(
+                f"The {SETTINGS_NAME} of the checkpoint '{name}'{by} has {unknown[0]!r}, which facesnap "
+                f"{facesnap.__version__} does not know; update facesnap."
+            )
+        settings = Settings(**values)
+    if kind not in (None, settings.kind):
+        raise InputError(
+            f"The checkpoint '{name}' is of kind '{settings.kind}', not '{kind}'; "
+            "facesnap.checkpoints.load opens every kind."
+        )
+    return settings
+
+
+def incomplete(model: str | Path, part: str) -> InputError:
+    return InputError(f"The checkpoint '{model}' has no {part}; fetch or build it again.")
+
+
+def read_weights(model_class: Any, place: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """A torch part, ready to use, float32 unless a dtype is given; ValueError where tensors are missing, which the
+    libraries would fill with random numbers."""
+    module, report = model_class.from_pretrained(
+        place, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{len(report['missing_keys'])} tensors are missing")
+    return module.eval()
+
+
+def read_base(
+    folder: Path, name: str | Path, dtype: torch.dtype | None = None, **options: Any
+) -> StableDiffusionXLPipeline:
+    """The base model of a checkpoint folder that errors call `name`; components among the `options` are not read."""
+    for part in BASE_PARTS:
+        place = folder / part
+        if part in options:
+            continue
+        if not place.is_dir():
+            raise incomplete(name, part)
+        if part in BASE_CLASSES:
+            found, damage = headers.read(place)
+            if not damage and (gaps := headers.gaps(place, BASE_CLASSES[part], found)):
+                raise InputError(f"The checkpoint '{name}' is damaged: {part}: {gaps[0]} Fetch or build it again.")
+    with reading(f"The base model of the checkpoint '{name}'"):
+        return StableDiffusionXLPipeline.from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, **{"add_watermarker": False} | options
+        )
+
+
+def read_parts(
+    folder: Path,
+    name: str | Path,
+    settings: Settings,
+    dtype: torch.dtype | None = None,
+    *,
+    providers: Iterable[str] = ("CPUExecutionProvider",),
+    given: dict[str, Any] | None = None,
+    variant: str | None = None,
+) -> dict[str, Any]:
+    """Our parts of a checkpoint folder that errors call `name`, by their names; those `given` are not read."""
+
+    def weights(model_class: Any) -> Callable[[Path], Any]:
+        return lambda place: read_weights(model_class, place, dtype, variant=variant)
+
+    providers, given = tuple(providers), given or {}
+    readers: dict[str, Callable[[Path], Any]] = {
+        **{part: weights(model_class) for part, model_class in KINDS[settings.kind].items()},
+        "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
+        "head_model": read_head,
+        "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),
+    }
+    parts: dict[str, Any] = dict.fromkeys(WEIGHTS)
+    for part, read in readers.items():
+        place = place_of(folder, part)
+        optional = part == "scorer" or (part == "ffrnet" and settings.variant == "none")
+        if part in given or (optional and not place.is_dir()):
+            parts[part] = given.get(part)
+            continue
+        if not place.is_dir():
+            raise incomplete(name, place.name)
+        with reading(f"The {place.name} of the checkpoint '{name}'"):
+            parts[part] = read(place)
+    return parts
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write(
+    folder: Path,
+    parts: dict[str, Any],
+    settings: Settings,
+    *,
+    dtype: torch.dtype | None = None,
+    force_zeros_for_empty_prompt: bool = True,
+    **options: Any,
+) -> None:
+    """Write a checkpoint folder.
+
+    Args:
+        parts: components by their names, BASE_PARTS and OUR_PARTS; None where there is none.
+        dtype: of the saved weights, by default as they are. The text encoders are float32 whatever it is: loaded
+            without a dtype, transformers keeps a file's own while diffusers takes float32, and half-precision
+            encoders would meet a float32 UNet.
+        options: of diffusers' `save_pretrained`: max_shard_size, variant.
+
+    Raises:
+        InputError: a LoRA lies over a part, so that its file could not be read again.
+    """
+    ready = {name: _to_save(name, part, dtype) for name, part in parts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    stock = StableDiffusionXLPipeline(
+        **{name: ready[name] for name in BASE_PARTS},
+        force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+        add_watermarker=False,
+    )
+    stock.save_pretrained(folder, **options)
+    for name in OUR_PARTS:
+        part, place = ready.get(name), place_of(folder, name)
+        if part is None:
+            continue
+        if name in WEIGHTS:
+            part.save_pretrained(place, **options)
+        elif name != "scorer":
+            part.save_pretrained(place)
+        elif part.path.resolve() != (place / SCORER_NAME).resolve():
+            place.mkdir(exist_ok=True)
+            shutil.copyfile(part.path, place / SCORER_NAME)
+            for file in part.path.parent.glob("attributes*"):  # the evaluation's own nets lie beside it
+                shutil.copyfile(file, place / file.name)
+    values = {"facesnap": facesnap.__version__} | asdict(settings)
+    (folder / SETTINGS_NAME).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _to_save(name: str, part: Any, dtype: torch.dtype | None) -> Any:
+    """A part as it is written; the one in use stays as it is."""
+    if not isinstance(part, nn.Module):
+        return part
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
+
+    layers = [module for module in part.modules() if isinstance(module, BaseTunerLayer)]
+    if layers and not all(layer.merged for layer in layers):
+        raise InputError(
+            f"A LoRA lies over the {name}, and its folder could not be read again: fuse_lora() puts it into the "
+            "weights that are saved, unload_lora_weights() leaves it out."
+        )
+    wanted = torch.float32 if name.startswith("text_encoder") else dtype or part.dtype
+    if not layers and part.dtype == wanted:
+        return part
+    copied = copy.deepcopy(part).to(wanted)
+    if layers:
+        recurse_remove_peft_layers(copied)
+        del copied.peft_config
+        copied._hf_peft_config_loaded = False  # else transformers saves adapters only
+    return copied

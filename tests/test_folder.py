@@ -1,0 +1,139 @@
+"""Checkpoint folders: what is never read, what a newer one says, and what is written."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import photo, tiny_pipeline
+
+from facesnap.checkpoints import verify
+from facesnap.errors import InputError
+from facesnap.pipeline import FaceSnapPipeline
+
+ALICE = photo(1)
+
+
+def pixels(pipe, **arguments):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a photo", reference=ALICE, pose="front", seed=1, output_type="np", **arguments).images
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["mixer", "ffrnet", "face_encoder", "unet", "vae", "text_encoder", "text_encoder_2"])
+def test_pickled_weights_are_never_read(saved, tmp_path, tiny_readers, part):
+    """Not even where nothing else is there: unpickling runs what the file says."""
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (file,) = (folder / part).glob("*.safetensors")
+    pickled = "pytorch_model.bin" if file.name == "model.safetensors" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(file), folder / part / pickled)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+def test_a_setting_of_a_later_version_is_named_with_both_versions(saved, tmp_path, tiny_readers):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    settings = json.loads((folder / "facesnap.json").read_text())
+    assert settings["facesnap"] == "0.1.0"  # which wrote it
+    (folder / "facesnap.json").write_text(json.dumps(settings | {"facesnap": "0.9", "aura": 1}))
+    with pytest.raises(InputError, match="written by facesnap 0.9 has 'aura', which facesnap 0.1.0 does not know; upd"):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+def test_the_whole_scorer_is_saved_and_check_says_what_evaluation_would_miss(saved, tmp_path, tiny_readers):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    missed = verify.check(folder).unevaluated
+    assert missed == ("attributes.json", "attributes_face.onnx", "attributes_whole.onnx")
+    assert "facesnap.evaluation would miss of scorer/: attributes.json, attr" in verify.table(verify.check(folder))
+    for name in missed:
+        (folder / "scorer" / name).write_text(name)
+    FaceSnapPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert verify.check(tmp_path / "again").unevaluated == ()
+    assert (tmp_path / "again" / "scorer" / "attributes.json").read_text() == "attributes.json"
+
+
+def test_a_half_precision_pipeline_comes_back(tmp_path, tiny_readers):
+    """The text encoders are written in float32 whatever they are, since transformers would keep a file's own dtype."""
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path)
+    again = FaceSnapPipeline.from_pretrained(tmp_path)
+    modules = {name: part.dtype for name, part in again.components.items() if isinstance(part, torch.nn.Module)}
+    assert set(modules.values()) == {torch.float32} and pipe.text_encoder.dtype == torch.bfloat16
+    assert pixels(again).shape[0] == 1
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_both_names_of_the_dtype_are_known(saved, tiny_readers, name):
+    again = FaceSnapPipeline.from_pretrained(saved, **{name: torch.bfloat16})
+    assert {part.dtype for part in again.components.values() if isinstance(part, torch.nn.Module)} == {torch.bfloat16}
+
+
+def test_files_of_a_variant_are_written_and_read(tmp_path, tiny_readers):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    for name in ("unet", "mixer", "text_encoder"):
+        assert [file.name.endswith(".fp16.safetensors") for file in (tmp_path / name).glob("*.safetensors")] == [True]
+    again = FaceSnapPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float32)
+    assert abs(pixels(again) - pixels(pipe)).mean() < 0.01
+
+
+def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name, **how: asked.update(how) or saved)
+    given = {"revision": "abc", "token": "t", "cache_dir": "/c", "local_files_only": True}
+    FaceSnapPipeline.from_pretrained("somebody/facesnap", **given)
+    assert asked == given
+
+
+def test_push_to_hub_uploads_what_was_saved(tmp_path, monkeypatch):
+    sent = {}
+    made = lambda name, **how: SimpleNamespace(repo_id=f"me/{name}")  # noqa: E731
+    monkeypatch.setattr("facesnap.pipeline.create_repo", made)
+    monkeypatch.setattr(
+        FaceSnapPipeline, "_upload_folder", lambda self, folder, repo, **how: sent.update(how, folder=folder, repo=repo)
+    )
+    tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True, repo_id="portraits", token="t", private=True)
+    assert sent == {"folder": tmp_path, "repo": "me/portraits", "token": "t"}
+
+
+def test_pickles_are_not_written(tmp_path):
+    with pytest.raises(InputError, match="safetensors only"):
+        tiny_pipeline().save_pretrained(tmp_path, safe_serialization=False)
+
+
+def lora(pipe, folder):
+    """A LoRA of the UNet's, that changes pictures; loaded."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    donor = tiny_pipeline().unet
+    donor.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    type(pipe).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(donor))
+    pipe.load_lora_weights(folder)
+
+
+def test_a_fused_lora_is_saved_in_the_weights_and_a_loaded_one_is_refused(tmp_path, tiny_readers):
+    pipe = tiny_pipeline()
+    plain = pixels(pipe)
+    lora(pipe, tmp_path / "lora")
+    styled = pixels(pipe)
+    with pytest.raises(InputError, match=r"LoRA lies over the unet.*fuse_lora\(\).*unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "model")
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "model")
+    again = pixels(FaceSnapPipeline.from_pretrained(tmp_path / "model"))
+    assert abs(again - styled).max() < 1e-3 < abs(styled - plain).max()
+    assert abs(pixels(pipe) - styled).max() < 1e-3  # the pipeline keeps its LoRA
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "plain")
+    assert abs(pixels(FaceSnapPipeline.from_pretrained(tmp_path / "plain")) - plain).max() < 1e-3

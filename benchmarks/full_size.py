@@ -46,10 +46,11 @@ from benchmarks import generate  # noqa: E402
 from benchmarks.training import batches  # noqa: E402
 from facesnap.evaluation import report  # noqa: E402
 from facesnap.ffrnet import FFRNet  # noqa: E402
+from facesnap.folder import SETTINGS_NAME, Settings  # noqa: E402
 from facesnap.instantid import HEAD_WIDTH, FaceAdapter, InstantIDPipeline  # noqa: E402
 from facesnap.mini.nets.tokenizer import train_tokenizer  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
-from facesnap.pipeline import SETTINGS_NAME, FaceSnapPipeline, Settings  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 
 MINI, PHOTO = ROOT / "assets" / "mini", ROOT / "assets" / "examples" / "avery.png"
 STEPS, GUIDANCE = 2, 2.0

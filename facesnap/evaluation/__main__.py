@@ -4,12 +4,17 @@ portraits by default.
 Every run writes a JSON report (figures, settings, command, commit, model version, machine, library
 versions); beside it lie the results of the single pictures (.jsonl) and the pictures themselves (.work/). A
 run that was killed goes on from there when the same command is given again.
+
+`plan`, `make`, `score`, `study` and `judge` are the paper's evaluation, of any method: docs/evaluation.md.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
+from facesnap.errors import InputError
 from facesnap.evaluation import report
 
 COMMANDS = {
@@ -20,12 +25,25 @@ COMMANDS = {
     "probes": "what the face encoder's features tell of held-out people, linearly",
     "photographs": "detection in seven photographs that every installation has",
 }
+MODULES = {"predictor": "pixels"}  # where the file has another name than the command
+# Those of a module of their own arguments: the paper's evaluation, of any method (docs/evaluation.md)
+PAPER = {
+    "plan": ("plan", "what every method is asked for, in a folder"),
+    "make": ("methods", "a built-in method fills a folder"),
+    "score": ("score", "the folders of methods, judged against a plan"),
+    "study": ("study", "people judge the pictures of methods in pairs, without names"),
+    "judge": ("judgecheck", "does a recogniser tell people apart on photographs?"),
+}
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments; without a command the first of them is meant."""
     parser = argparse.ArgumentParser(prog="python -m facesnap.evaluation", description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, help_) in PAPER.items():
+        command = commands.add_parser(name, help=help_)
+        if words[:1] == [name]:  # only the wanted one is imported
+            importlib.import_module(f"facesnap.evaluation.{module}").add_arguments(command)
     for name, help_ in COMMANDS.items():
         command = commands.add_parser(name, help=help_)
         command.add_argument("--model", required=True, help="checkpoint folder, for example assets/mini")
@@ -54,29 +72,26 @@ def parse(words: list[str]) -> argparse.Namespace:
         if name == "speed":
             command.add_argument("--gallery", type=int, default=200, help="people among whom rank1 is counted")
             command.add_argument("--ways", nargs="+", help="best, and which of the others; all by default")
-    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
+    if not words or (words[0] not in (*COMMANDS, *PAPER) and words[0] not in ("-h", "--help")):
         words = ["portraits", *words]
     return parser.parse_args(words)
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    # Imported late: each command loads the model code only when it is known to be wanted.
-    if arguments.command == "portraits":
-        from facesnap.evaluation import portraits as task
-    elif arguments.command == "speed":
-        from facesnap.evaluation import speed as task  # type: ignore[no-redef]
-    elif arguments.command == "stock":
-        from facesnap.evaluation import stock as task  # type: ignore[no-redef]
-    elif arguments.command == "predictor":
-        from facesnap.evaluation import pixels as task  # type: ignore[no-redef]
-    elif arguments.command == "probes":
-        from facesnap.evaluation import probes as task  # type: ignore[no-redef]
-    else:
-        from facesnap.evaluation import photographs as task  # type: ignore[no-redef]
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = task.run(arguments)
+    name = arguments.command
+    try:
+        if name in PAPER:
+            task: Any = importlib.import_module(f"facesnap.evaluation.{PAPER[name][0]}")
+            print(report.table(task.lines(task.run(arguments))))
+            return
+        # Imported late: each command loads the model code only when it is known to be wanted.
+        task = importlib.import_module(f"facesnap.evaluation.{MODULES.get(name, name)}")
+        out = Path(arguments.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = task.run(arguments)
+    except InputError as error:
+        sys.exit(str(error))
     report.write(out, {**report.provenance(arguments.model), **found})
     print(report.table(task.lines(found["results"])))
 

@@ -33,6 +33,33 @@ def retention(generated: np.ndarray, ceiling: np.ndarray, strangers: float) -> f
     return float((np.mean(generated) - strangers) / (np.mean(ceiling) - strangers))
 
 
+def copy_paste(generated: np.ndarray, truth: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Whether portraits are nearer to the reference than to the true picture, (N,) in [-1, 1], of rows (N, D).
+
+    (angle to the truth - angle to the reference) / angle between these two: 1 for a copy of the reference, -1 for the
+    true picture, 0 in between (Xu et al. 2025, "WithAnyone"). Where truth and reference are the same: 0.
+    """
+
+    def angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosine = np.divide((a * b).sum(1), lengths, out=np.zeros(len(a)), where=lengths > 0)
+        return np.arccos(np.clip(cosine, -1, 1))
+
+    if not generated.shape == truth.shape == reference.shape:
+        return np.zeros(len(generated))
+    generated, truth, reference = (np.asarray(x, np.float64) for x in (generated, truth, reference))
+    whole = angle(truth, reference)
+    part = angle(generated, truth) - angle(generated, reference)
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 1e-6)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's, of (N,) and (N,); 0 where one of them never changes."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
 def rank1(similarity: np.ndarray, own: np.ndarray, found: np.ndarray) -> float:
     """Share of the N probes whose own gallery entry beats every other one.
 

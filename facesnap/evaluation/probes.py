@@ -4,7 +4,6 @@ Without it the mixer's second half would be told nothing, and Table 2 of the pap
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers import CLIPVisionModel
 from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.faces import FaceAnalyser
+from facesnap.folder import read_settings
 from facesnap.images import open_image
 from facesnap.pipeline import face_pixels
 from facesnap.synthetic.people import EVALUATION_PEOPLE, sample_person, sample_picture
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict:
     analyser, work = FaceAnalyser(model / "face_pack"), out.with_suffix(".work")
     encoder = CLIPVisionModel.from_pretrained(model / "face_encoder", dtype=torch.float32)
     encoder = encoder.to(arguments.device).eval()
-    saturation = json.loads((model / "facesnap.json").read_text(encoding="utf-8")).get("saturation", 1.0)
+    saturation = read_settings(model).saturation
     features, labels, tested = [], [], []
     for n, seed in enumerate(tqdm(order[: arguments.people].tolist(), desc="people", unit="person")):
         person = sample_person(seed)

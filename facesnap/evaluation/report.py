@@ -161,6 +161,13 @@ def write(path: Path, report: dict) -> None:
     path.write_text(json.dumps(rounded(report), indent=1) + "\n")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The text under that name, whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def table(rows: Sequence[tuple[str, object, str]]) -> str:
     """Lines of name, value and remark, for the terminal."""
     shown = [(n, f"{v:.3f}" if isinstance(v, float) else str(v), remark) for n, v, remark in rows]

@@ -1,7 +1,6 @@
 """The checkpoint as stock diffusers sees it: an SDXL folder, no face and no landmarks, only the sentence."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.evaluation.protocol import Witness
 from facesnap.evaluation.scorer import visible
+from facesnap.folder import read_settings
 from facesnap.images import open_image
 
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> dict:
     work.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([arguments.seed, 2])
     drawn = [protocol.draw_prompt(rng) for _ in range(arguments.prompts)]
-    defaults = json.loads((model / "facesnap.json").read_text())
+    defaults = read_settings(model)
     waiting = [n for n in range(len(drawn)) if ledger.get(f"picture {n}") is None]
     if waiting:
         pipe = StableDiffusionXLPipeline.from_pretrained(model).to(arguments.device)  # no dtype: as a stranger would
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> dict:
                 drawn[number][0],
                 height=arguments.size,
                 width=arguments.size,
-                num_inference_steps=arguments.steps or defaults["steps"],
-                guidance_scale=arguments.guidance or defaults["guidance"],
+                num_inference_steps=arguments.steps or defaults.steps,
+                guidance_scale=arguments.guidance or defaults.guidance,
                 generator=torch.Generator().manual_seed(1000 * arguments.seed + number),
             ).images[0]
             path = work / f"picture_{number:03d}.png"

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -79,7 +79,7 @@ def open_image(
         try:
             opened = Image.open(io.BytesIO(data), formats=formats)
         except UnidentifiedImageError as error:  # also said of a picture whose header is damaged
-            begins = any(accept and accept(data[:16]) is True for _, accept in map(Image.OPEN.get, formats))
+            begins = any(accept and accept(data[:16]) is True for _, accept in (Image.OPEN[f] for f in formats))
             unknown = "This file is not a picture we can read: use JPEG, HEIC, PNG or WebP."
             raise InputError(DAMAGED if begins else unknown) from error
     with opened:
@@ -166,7 +166,7 @@ def _srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     if alpha is not None:
         picture = picture.convert(picture.mode[:-1])
     if picture.mode == "LAB":
-        rgb = ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
+        rgb = _through(ImageCms.createProfile("LAB"), picture)
     else:
         rgb = _profiled(picture, profile) if profile else picture.convert("RGB")
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
@@ -174,10 +174,15 @@ def _srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _profiled(picture: Image.Image, profile: bytes) -> Image.Image:
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.profileToProfile(picture, own, SRGB, outputMode="RGB")
+        return _through(ImageCms.ImageCmsProfile(io.BytesIO(profile)), picture)
     except (ImageCms.PyCMSError, OSError):  # a profile that is damaged, or of other channels, says nothing
         return picture.convert("RGB")
+
+
+def _through(profile: Any, picture: Image.Image) -> Image.Image:
+    made = ImageCms.profileToProfile(picture, profile, SRGB, outputMode="RGB")
+    assert made is not None  # it is only where the picture is changed in place
+    return made
 
 
 def _eight_bits(array: np.ndarray) -> np.ndarray:

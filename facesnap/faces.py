@@ -1,17 +1,16 @@
 """A picture → a `Face`: box, points, identity embedding and the crop for the CLIP-form encoder.
 
 Everything goes through the InsightFace library and a pack of ONNX files given by its folder: the mini's own,
-or antelopev2 where a user has it. A detector that finds nothing is tried at other sizes and on a larger grey
-canvas (a face that fills the picture is missed by most), then OpenCV's Haar cascade is asked. What stays is
-an `InputError` that says so.
+or antelopev2 where a user has it. `facesnap.finding` says where the face is and which way is up; where it sees
+none, an `InputError` says what was seen instead.
 """
 
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,27 @@ from insightface.model_zoo import get_model
 from insightface.utils.face_align import norm_crop
 
 from facesnap.errors import InputError
-from facesnap.geometry import square_crop
+from facesnap.finding import SMALLEST, Finder, Found, Sight, is_drawn
+from facesnap.geometry import moved, square_crop
 
-SMALLEST = 32  # pixels: below this, an embedding says little about the person
-WEAKEST = 0.8  # of the best score in the picture: false alarms may be large, but they are weak
-CASCADES = (  # of OpenCV, and whether the picture is mirrored: there is one cascade for profiles
-    ("frontalface_alt2", False),
-    ("frontalface_default", False),
-    ("profileface", False),
-    ("profileface", True),
-)
+MOST_TILT = 25.0  # degrees: a head tilted further is straightened before it is read
+ADVICE = "use a photograph that shows a person's face from the front, well lit."
 TASKS = {"detection": "face detector", "landmark_3d_68": "3D landmark net", "recognition": "recogniser"}
 
 
 @dataclass(frozen=True)
 class Face:
-    """The largest face of a picture. Points are pixels of that picture, x right, y down.
+    """The face of a picture: the largest of those that are certainly faces. Points are pixels of `image`, x right, y
+    down.
 
     box (4,) x0 y0 x1 y1; score of the detector, 0 for Haar; keypoints (5, 2) of the landmarks: eyes, nose
     tip, mouth corners; landmarks (68, 3): iBUG-68, z towards the camera in pixels, its zero meaningless;
     embedding (512,) not normalised; crop (224, 224, 3) RGB uint8; size (height, width) of the picture; count
     of faces seen; found_by "detector", "resized", "padded" or "haar"; image (H, W, 3), the analysed picture itself
-    and no copy of it, for a head model that reads pictures (DECA)."""
+    and no copy of it, for a head model that reads pictures (DECA). turned: degrees, 90, 180 or 270, by which the
+    picture was turned clockwise to be upright; tilt: degrees by which the head was tilted counter-clockwise in it
+    before the picture was turned about its middle, 0 where it was read as it is. After either, `image` and all points
+    are those of the turned picture."""
 
     box: np.ndarray
     score: float
@@ -56,33 +54,24 @@ class Face:
     count: int
     found_by: str
     image: np.ndarray | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Boxes (N, 4) in the picture's pixels, scores (N,) of the detector, and which attempt saw them (`Face`)."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    by: str
-
-
-NOTHING = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), "nothing")
+    turned: int = 0
+    tilt: float = 0.0
 
 
 class FaceAnalyser:
-    """InsightFace on a pack of one's own, with second chances.
+    """InsightFace on a pack of one's own, with second chances and a check.
 
     `pack_dir` holds the ONNX files of an SCRFD-form detector, a 3D-68 landmark net and a recogniser, under
     any names. `sizes` are the detector's input sizes: a picture is first searched at the smallest and, where
-    it is larger than that, at the second; the others are for when nothing was found."""
+    it is larger than that, at the second; the others are for when nothing was found, the largest of them for small
+    faces in large pictures."""
 
     def __init__(
         self,
         pack_dir: str | Path,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         *,
-        sizes: tuple[int, ...] = (256, 640, 384, 160),
+        sizes: tuple[int, ...] = (256, 640, 384, 160, 1280),
         threshold: float = 0.5,
     ):
         self.pack_dir = _pack_folder(Path(pack_dir))
@@ -100,6 +89,7 @@ class FaceAnalyser:
                 raise InputError(_lacks(pack_dir, task))
         analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=(sizes[0], sizes[0]))
         self._models: dict[str, Any] = analysis.models
+        self._finder = Finder(self._models["detection"], self._models["landmark_3d_68"], sizes, threshold)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "FaceAnalyser":
@@ -123,52 +113,53 @@ class FaceAnalyser:
         """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.
 
         hard: is entered around the searches of a picture in which the first search, a tenth of the work, found
-        nothing: a server can let these wait for others.
+        no face for certain: a server can let these wait for others.
 
-        Raises `InputError` where no face is found, or the largest is under 32 pixels."""
-        found = self.find(image, hard=hard)
-        if not len(found.boxes):
-            raise InputError("No face was found in the picture: use one that shows a face from the front, well lit.")
-        sides = found.boxes[:, 2:] - found.boxes[:, :2]
-        largest = int(sides.prod(axis=1).argmax())
-        box = found.boxes[largest]
-        if found.by == "haar":
-            box = self._settle(image, box)
+        Raises `InputError` where no face is found, a drawn one, or none of 32 pixels."""
+        bgr = _bgr(image)
+        sight = self._finder.look(bgr, hard)
+        if not sight.faces:
+            raise InputError(_refusal(bgr, sight))
+        face = sight.faces[0]
+        turned, tilt, box = sight.turns, 0.0, face.box
+        if turned:
+            image = np.ascontiguousarray(np.rot90(image, turned))
+        if face.by == "haar":
+            box = self._settled(image, box)
         side = (box[2:] - box[:2]).max()
         if side < SMALLEST:
+            largest = "The only face" if sight.count == 1 else f"The largest of the {sight.count} faces"
             raise InputError(
-                f"The largest face is only {math.floor(side)} pixels large, at least {SMALLEST} are needed: "
+                f"{largest} is only {math.floor(side)} pixels large, at least {SMALLEST} are needed: "
                 "use a larger or closer picture."
             )
-        return self.describe(image, box, float(found.scores[largest]), count=len(found.boxes), found_by=found.by)
+        if is_drawn(image, box):
+            raise InputError(f"What was seen {_where(image, box)} is a drawing: {ADVICE}")
+        if abs(face.roll) > MOST_TILT:
+            tilt = face.roll
+            image, box = self._straightened(image, face.landmarks, -tilt)
+        read = self.describe(image, box, face.score, count=sight.count, found_by=face.by)
+        return replace(read, turned=-90 * turned % 360, tilt=tilt)
 
-    def find(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> "Found":
-        """All faces of an RGB uint8 picture (H, W, 3), of any size, Haar's as rough squares; none is no error.
-        `hard` as in `analyse`."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        attempts = self._attempts(bgr)
-        if len((first := next(attempts)).boxes):
-            return first
-        with hard or nullcontext():
-            return next((found for found in attempts if len(found.boxes)), NOTHING)
+    def find(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> Found:
+        """All faces of an RGB uint8 picture (H, W, 3) as it stands, of any size and by the detector's word alone,
+        Haar's as rough squares; none is no error. `hard` as in `analyse`."""
+        return self._finder.find(_bgr(image), hard)
 
     def describe(
         self, image: np.ndarray, box: np.ndarray, score: float, *, count: int = 1, found_by: str = "detector"
     ) -> Face:
         """The face in a box (4,) of an RGB uint8 picture (H, W, 3); the rest is noted as given."""
         bgr = np.ascontiguousarray(image[..., ::-1])
-        face = InsightFace(bbox=box, det_score=score)
-        landmarks = np.asarray(self._models["landmark_3d_68"].get(bgr, face), np.float32)
+        landmarks = self._finder.landmarks(bgr, box)
         # The landmark net looks at the face alone, larger than the detector saw it: its eyes, nose and mouth
         # are twice as exact as the detector's five points, and a recogniser lives on its alignment.
-        face.kps = five_points(landmarks)
-        embedding = self._models["recognition"].get(bgr, face)
+        keypoints = five_points(landmarks)
+        embedding = self._models["recognition"].get(bgr, InsightFace(bbox=box, kps=keypoints, det_score=score))
         return Face(
             box=box.astype(np.float32),
             score=score,
-            keypoints=face.kps,
+            keypoints=keypoints,
             landmarks=landmarks,
             embedding=np.asarray(embedding, np.float32),
             crop=square_crop(image, box),
@@ -178,43 +169,16 @@ class FaceAnalyser:
             image=image,
         )
 
-    def _attempts(self, bgr: np.ndarray) -> Iterator[Found]:
-        """From the likeliest to the last resort; each is computed only if those before it found nothing."""
-        longer = max(bgr.shape[:2])
-        first = [size for size in self.sizes[:2] if size == self.sizes[0] or longer > size / 2]
-        yield self._detect(bgr, first, "detector")
-        yield self._detect(bgr, [size for size in self.sizes if size not in first], "resized")
-        border = longer // 2
-        grey = cv2.copyMakeBorder(bgr, *[border] * 4, cv2.BORDER_CONSTANT, value=(127, 127, 127))
-        padded = self._detect(grey, list(self.sizes), "padded")
-        yield Found(padded.boxes - border, padded.scores, "padded")
-        boxes = haar(bgr)
-        yield Found(boxes, np.zeros(len(boxes), np.float32), "haar")
+    def _settled(self, image: np.ndarray, box: np.ndarray) -> np.ndarray:
+        """From a rough square to a box of our kind: what the landmark net's first answer spans."""
+        return box_around(self._finder.landmarks(np.ascontiguousarray(image[..., ::-1]), box))
 
-    def _detect(self, bgr: np.ndarray, sizes: list[int], by: str) -> Found:
-        """All faces seen at several input sizes, without doubles and without those much weaker than the best.
-
-        InsightFace shrinks with plain bilinear sampling; shrinking by area first spares small faces the
-        aliasing."""
-        detector = self._models["detection"]
-        rows = [np.zeros((0, 5), np.float32)]
-        for size in sizes:
-            ratio = min(1.0, size / max(bgr.shape[:2]))
-            shape = [max(1, round(side * ratio)) for side in bgr.shape[1::-1]]
-            small = bgr if ratio == 1 else cv2.resize(bgr, shape, interpolation=cv2.INTER_AREA)
-            found, _ = detector.detect(small, input_size=(size, size), det_thresh=self.threshold)
-            scale = np.array(bgr.shape[1::-1]) / shape
-            rows.append(found * np.r_[scale, scale, 1].astype(np.float32))
-        row = np.concatenate(rows)
-        kept = np.array(detector.nms(row), dtype=int)
-        kept = kept[row[kept, 4] >= WEAKEST * row[:, 4].max(initial=0)]
-        return Found(row[kept, :4], row[kept, 4], by)
-
-    def _settle(self, image: np.ndarray, box: np.ndarray) -> np.ndarray:
-        """From Haar's rough square to a box of our kind: what the landmark net's first answer spans."""
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        landmarks = self._models["landmark_3d_68"].get(bgr, InsightFace(bbox=box, det_score=0.0))
-        return box_around(landmarks)
+    def _straightened(self, image: np.ndarray, landmarks: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+        """The picture, turned by so many degrees counter-clockwise about the middle of the face, and the face's box."""
+        middle = (landmarks[:, :2].min(axis=0) + landmarks[:, :2].max(axis=0)) / 2
+        matrix = cv2.getRotationMatrix2D([float(v) for v in middle], angle, 1.0)
+        upright = cv2.warpAffine(image, matrix, image.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+        return upright, self._settled(upright, box_around(moved(landmarks, matrix)))
 
 
 class Recogniser:
@@ -262,31 +226,6 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
     return np.stack([*eyes, flat[..., 30, :], flat[..., 48, :], flat[..., 54, :]], axis=-2)
 
 
-def haar(bgr: np.ndarray) -> np.ndarray:
-    """Boxes (N, 4) by OpenCV's Haar cascades (Viola and Jones, 2001): frontal faces, else profiles of both
-    sides.
-
-    Their squares reach from the brows to the mouth; they are moved down a little, to be about the face."""
-    ratio = min(1.0, 640 / max(bgr.shape[:2]))
-    grey = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
-    shape = [max(1, round(side * ratio)) for side in grey.shape[::-1]]
-    grey = cv2.equalizeHist(cv2.resize(grey, shape, interpolation=cv2.INTER_AREA))
-    smallest = max(20, round(SMALLEST * ratio))
-    for name, mirrored in CASCADES:
-        cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"haarcascade_{name}.xml"))
-        seen = cascade.detectMultiScale(
-            np.ascontiguousarray(grey[:, ::-1]) if mirrored else grey, 1.1, 5, minSize=(smallest, smallest)
-        )
-        if len(seen):
-            squares = np.array(seen, np.float32)
-            if mirrored:
-                squares[:, 0] = grey.shape[1] - squares[:, 0] - squares[:, 2]
-            side = squares[:, 2:]
-            low = squares[:, :2] + side * [0.08, 0.05]
-            return (np.concatenate([low, low + side * [0.84, 1.0]], axis=1) / ratio).astype(np.float32)
-    return np.zeros((0, 4), np.float32)
-
-
 def _pack_folder(folder: Path) -> Path:
     """The folder that has the ONNX files: antelopev2's archive nests one of the same name."""
     for candidate in (folder, folder / folder.name):
@@ -297,3 +236,32 @@ def _pack_folder(folder: Path) -> Path:
 
 def _lacks(folder: str | Path, task: str) -> str:
     return f"The face pack {str(folder)!r} has no {TASKS[task]}: give a folder with all its ONNX files."
+
+
+def _bgr(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected RGB uint8 (H, W, 3), got {image.dtype} {image.shape}: use open_image")
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def _refusal(bgr: np.ndarray, sight: Sight) -> str:
+    """Why a picture without a face is none, in words: what was seen instead."""
+    if not sight.others:
+        return f"No face was found in the picture: {ADVICE}"
+    likeliest = sight.others[0].box
+    if is_drawn(bgr, likeliest):
+        return f"What was seen {_where(bgr, likeliest)} is a drawing, no face: {ADVICE}"
+    return (
+        f"No face was found in the picture; what was seen {_where(bgr, likeliest)} does not hold as one (a pattern, "
+        f"a drawing, an animal, a face that is covered or blurred): {ADVICE}"
+    )
+
+
+def _where(picture: np.ndarray, box: np.ndarray) -> str:
+    """Where a box (4,) is in a picture, as people say it."""
+    x, y = (box[:2] + box[2:]) / 2 / picture.shape[1::-1] * 3
+    down = "at the top" if y < 1 else "at the bottom" if y > 2 else ""
+    across = "left" if x < 1 else "right" if x > 2 else ""
+    if not down:
+        return f"on the {across}" if across else "in the middle"
+    return f"{down} {across}".strip()

@@ -66,9 +66,10 @@ class Settings:
 
     kind: of its pipeline, one of KINDS; `facesnap.checkpoints.load` reads any.
     size: side of its portraits in pixels. steps, guidance: of its sampler. variant: the row of Table 3 it was
-    trained as. same_person: cosine of two embeddings below which they are taken for different people. saturation:
-    how much of their colour the face encoder is shown of the references, 1 for all of it: photographs are more vivid
-    than rendered people, and an encoder that knows only these takes the warm gloss on black hair for brown.
+    trained as. prompt: what is asked for where nothing is. same_person: cosine of two embeddings below which they are
+    taken for different people. saturation: how much of their colour the face encoder is shown of the references, 1
+    for all of it: photographs are more vivid than rendered people, and an encoder that knows only these takes the
+    warm gloss on black hair for brown.
     about: whatever its maker notes (data version, licence), kept and not read.
     """
 
@@ -78,6 +79,7 @@ class Settings:
     steps: int = 8
     guidance: float = 2.0
     variant: Variant = "predicted"
+    prompt: str = "a photo of a person"
     same_person: float = 0.25
     saturation: float = 1.0
     about: dict[str, Any] = field(default_factory=dict)

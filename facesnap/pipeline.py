@@ -373,8 +373,9 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
         Args:
             reference: 1 to 4 photos of one person: paths, bytes, PIL images, arrays or analysed `Face`s.
-            pose: how the head is held: None (as in the first reference, but large enough to be drawn), a photo of
-                anybody, the name of a template, a `Head`, or landmarks (72, 2) in pixels of the output frame.
+            pose: how the head is held: None (turned and looking as in the first reference, as large and where a
+                portrait has it), a photo of anybody (which says size and place too), the name of a template, a
+                `Head`, or landmarks (72, 2) in pixels of the output frame.
             size: (height, width) of the portrait; the checkpoint's by default.
             expression: whose the face shows: the pose's, that of the first reference, or none ("neutral").
             expression_strength: 0–2, weight of that expression; at 0 the face is neutral.
@@ -410,7 +411,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         else:
             heads = self.predictor.reconstruct(list(faces))
             if pose is None:
-                driver = heads[0]
+                driver = self.predictor.framed(heads[0], size)
             elif isinstance(pose, Head):
                 driver = pose
             elif isinstance(pose, str) and not _names_picture(pose):
@@ -418,7 +419,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             else:
                 driver_face = self.analyse(pose, "The pose photo")
                 notes += _face_notes(driver_face, "The pose photo")
-                driver = self.predictor.reconstruct(driver_face)[0]
+                driver = self.predictor.turned(self.predictor.reconstruct(driver_face)[0], roll=driver_face.tilt)
             if expression == "reference":
                 driver = replace(driver, expression=heads[0].expression)
             elif expression == "neutral":
@@ -433,14 +434,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             points = self.predictor.predict(shape, head, size)
 
         least, height = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4), float(np.ptp(points[:, 1]))
-        if height < least and head is not None and pose is None and head_size == 1:  # a size that nobody asked for
-            head = self.predictor.turned(head, head_size=least / height)
-            points = self.predictor.predict(head, head, size)
-            notes.append(
-                f"The face in the photo is small: in the portrait it is {least:.0f} pixels high, not {height:.0f}, "
-                "which this model draws better. To choose yourself, give a pose or a head size."
-            )
-        elif height < least:
+        if height < least:
             notes.append(
                 f"The face will be only {height:.0f} pixels high, too small for this model to draw well: "
                 "raise the head size or choose a pose that is closer."
@@ -502,7 +496,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         """Portraits of the person in `reference`.
 
         Args:
-            prompt: what else the picture shows, or a list of prompts; all get the same face and pose.
+            prompt: what else the picture shows, or a list of prompts; all get the same face and pose. Without a word
+                it is the checkpoint's own.
             reference, pose, expression_strength: as in `preview`.
             height, width: pixels, multiples of the VAE's factor; the checkpoint's by default.
             num_inference_steps, guidance_scale: the checkpoint's by default.
@@ -555,7 +550,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
         check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
         check_number("end of guidance", speed.guidance_end, 0, 1)
-        prompts = _prompts(prompt, kwargs)
+        prompts = _prompts(prompt, kwargs, self.settings.prompt)
         count = kwargs.get("num_images_per_prompt", 1)
         check_number("number of pictures for a prompt", count, 1, 64, whole=True)
 
@@ -611,7 +606,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                     hooks.enter_context(halved_images(request.unet, guided))
                 images = StableDiffusionXLPipeline.__call__(
                     request,
-                    prompt,
+                    prompts or None,
                     height=height,
                     width=width,
                     num_inference_steps=steps,
@@ -766,6 +761,12 @@ def _names_picture(pose: str) -> bool:
 
 def _face_notes(face: Face, role: str) -> list[str]:
     notes = []
+    if face.turned:
+        lay = "stands on its head" if face.turned == 180 else "lies on its side"
+        notes.append(f"{role} {lay}; it was read after a turn by {face.turned}° clockwise.")
+    if face.tilt:
+        way = "left" if face.tilt > 0 else "right"
+        notes.append(f"{role}: the head is tilted by {abs(face.tilt):.0f}° to the {way}; it was read upright.")
     if face.count > 1:
         notes.append(f"{role} shows {face.count} faces; the largest was used.")
     if face.found_by == "haar":
@@ -773,16 +774,14 @@ def _face_notes(face: Face, role: str) -> list[str]:
     return notes
 
 
-def _prompts(prompt: Any, kwargs: dict[str, Any]) -> list[str]:
-    """The prompts as a list; empty where ready embeddings take their place."""
-    if prompt is None:
-        if kwargs.get("prompt_embeds") is None:
-            raise InputError("There is no prompt; say in words what the picture shows.")
+def _prompts(prompt: Any, kwargs: dict[str, Any], default: str) -> list[str]:
+    """The prompts as a list, `default` for those without a word; empty where ready embeddings take their place."""
+    if prompt is None and kwargs.get("prompt_embeds") is not None:
         return []
-    prompts = prompt if isinstance(prompt, list) else [prompt]
+    prompts = prompt if isinstance(prompt, list) else ["" if prompt is None else prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise InputError("The prompt must be text, or a list of texts.")
-    return prompts
+    return [p if p.strip() else default for p in prompts]
 
 
 def _scheduler(name: str | None, own: Any, generator: Any) -> Any:

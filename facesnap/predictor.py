@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from facesnap.faces import Face
 
 
+PORTRAIT_SIZE = 0.37  # brows to chin over the picture's shorter side: a face box then takes about half of it
+PORTRAIT_CENTRE = (0.5, 0.58)  # of the face, over the picture's width and height: the hair needs room above
+
+
 class LandmarkPredictor:
     """Predicts landmarks with a head model. Holds nothing else, so it may be made and dropped at will."""
 
@@ -47,10 +51,10 @@ class LandmarkPredictor:
         yaw: float = 0.0,
         pitch: float = 0.0,
         roll: float = 0.0,
-        head_size: float = 0.37,
+        head_size: float = PORTRAIT_SIZE,
         expression: Mapping[str, float] | np.ndarray | None = None,
         strength: float = 1.0,
-        centre: tuple[float, float] = (0.5, 0.58),
+        centre: tuple[float, float] = PORTRAIT_CENTRE,
         size: tuple[int, int] = (1024, 1024),
     ) -> Head:
         """A driver from numbers, with the mean identity, in a picture of size (height, width).
@@ -63,20 +67,38 @@ class LandmarkPredictor:
 
         Raises InputError for an expression that the model does not know.
         """
-        height, width = size
-        mean = self.model.mean
-        scale = head_size * min(size) / self.model.face_height
-        rotation = rotation_from_euler(yaw, pitch, roll)
-        # Between brows and chin, temple and temple, nose tip and ears: about it a head turns in its place.
-        middle = rotation @ (mean.min(axis=0) + mean.max(axis=0)) / 2
-        return Head(
+        head = Head(
             identity=np.zeros(self.model.num_identity, dtype=np.float32),
             expression=strength * self.expression(expression),
-            rotation=rotation,
-            scale=scale,
-            translation=np.array([centre[0] * width - 0.5, centre[1] * height - 0.5]) - scale * middle[:2] * [1, -1],
+            rotation=rotation_from_euler(yaw, pitch, roll),
+            scale=1.0,
+            translation=np.zeros(2),
             size=size,
         )
+        return self.framed(head, size, head_size=head_size, centre=centre)
+
+    def framed(
+        self,
+        head: Head,
+        size: tuple[int, int],
+        *,
+        head_size: float = PORTRAIT_SIZE,
+        centre: tuple[float, float] = PORTRAIT_CENTRE,
+    ) -> Head:
+        """The head, held as it is, in a picture of size (height, width), as large and where a portrait has it; the
+        arguments are those of `from_numbers`."""
+        height, width = size
+        scale = head_size * min(size) / self.model.face_height
+        place = np.array([centre[0] * width - 0.5, centre[1] * height - 0.5])
+        return replace(
+            head, scale=scale, translation=place - scale * self._middle(head)[:2] * [1, -1], size=(height, width)
+        )
+
+    def _middle(self, head: Head) -> np.ndarray:
+        """(3,) The middle of the mean face as the head is turned: between brows and chin, temple and temple, nose tip
+        and ears. About it a head turns in its place."""
+        mean = self.model.mean
+        return head.rotation @ (mean.min(axis=0) + mean.max(axis=0)) / 2
 
     def turned(
         self, head: Head, *, yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0, head_size: float = 1.0
@@ -85,9 +107,9 @@ class LandmarkPredictor:
         large, about the middle of its face, which stays where it is in the picture."""
         angles = np.array(head.angles) + (yaw, pitch, roll)
         rotation, scale = rotation_from_euler(*angles), head_size * head.scale
-        middle = (self.model.mean.min(axis=0) + self.model.mean.max(axis=0)) / 2
-        moved = head.scale * (head.rotation @ middle) - scale * (rotation @ middle)
-        return replace(head, rotation=rotation, scale=scale, translation=head.translation + moved[:2] * [1, -1])
+        there = replace(head, rotation=rotation, scale=scale)
+        moved = head.scale * self._middle(head) - scale * self._middle(there)
+        return replace(there, translation=head.translation + moved[:2] * [1, -1])
 
     def expression(self, expression: Mapping[str, float] | np.ndarray | None) -> np.ndarray:
         """{name: weight} of the model's expression_names, or coefficients (E,) → coefficients (E,), float32.

@@ -3,7 +3,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
@@ -13,6 +15,8 @@ from insightface.utils.face_align import arcface_dst
 from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser, Recogniser, align, cosine, five_points
 from facesnap.finding import distinct
+from facesnap.synthetic.people import sample_person, sample_picture
+from facesnap.synthetic.render import render
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 
@@ -101,6 +105,33 @@ def test_what_is_unsteady_is_no_face_however_large(analyser):
     assert face.count == 1 and np.allclose((face.box[:2] + face.box[2:]) / 2, [96 + 8, 96 + 8], atol=9)
     with pytest.raises(InputError, match="what was seen at the bottom right does not hold"):
         analyser.analyse(canvas(512, 512, clothes=(400, 400, 16, RED)))
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """The mini's own analyser, a rendered person, and what it reads of her."""
+    analyser = FaceAnalyser(Path(__file__).parent.parent / "assets" / "mini" / "face_pack")
+    image = render(sample_picture(sample_person(1_005_002), 3, style="photo"), 256).image
+    return analyser, image, analyser.analyse(image)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_picture_that_lies_or_stands_on_its_head_is_read_upright(shown, turns):
+    analyser, image, upright = shown
+    face = analyser.analyse(np.ascontiguousarray(np.rot90(image, turns)))
+    assert face.turned == 90 * turns and upright.turned == 0
+    assert np.array_equal(face.image, image) and np.allclose(face.landmarks, upright.landmarks)
+    assert np.allclose(face.embedding, upright.embedding)
+
+
+def test_a_tilted_picture_is_read_upright(shown):
+    analyser, image, upright = shown
+    tilted = cv2.warpAffine(image, cv2.getRotationMatrix2D((128, 128), 35, 1.0), (256, 256), borderValue=(90, 90, 90))
+    face = analyser.analyse(tilted)
+    flat = face.keypoints[1] - face.keypoints[0]
+    assert abs(np.degrees(np.arctan2(flat[1], flat[0]))) < 12 and face.tilt == pytest.approx(35, abs=12)
+    assert cosine(face.embedding, upright.embedding) > 0.7
+    assert face.size == (256, 256) and face.image is not tilted
 
 
 def test_a_box_inside_another_is_the_same_face():

@@ -241,18 +241,49 @@ def test_references_of_different_people_are_pointed_out(pipe):
     assert all("and 3 may show different people" in note for note in notes)
 
 
-def test_a_face_seen_from_afar_is_drawn_large_enough_unless_somebody_says_how_large(pipe):
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (48, 80)])
+def test_as_in_the_photo_keeps_turn_and_expression_and_the_frame_is_a_portraits(pipe, size):
     near = pipe.analyse(ALICE)
-    middle = np.array([*near.landmarks[:, :2].mean(0), 0])
-    face = replace(near, landmarks=(middle + 0.3 * (near.landmarks - middle)).astype(np.float32))
-    asked, own = pipe.preview(face, head_size=1.001), pipe.preview(face)
-    high = np.ptp(asked.landmarks[:, 1])
-    assert high < 16 and "raise the head size" in asked.notes[0]  # a quarter of 64 pixels
-    assert np.ptp(own.landmarks[:, 1]) == pytest.approx(16, rel=0.05)
-    assert f"16 pixels high, not {high:.0f}" in own.notes[0] and len(own.notes) == 1
-    large = asked.landmarks.mean(0) + (asked.landmarks - asked.landmarks.mean(0)) * 16 / high
-    np.testing.assert_allclose(own.landmarks, large, atol=0.5)  # held as in the photo, and where it is there
-    assert pipe.preview(near).notes == ()
+    away = np.array([*(near.landmarks[:, :2].mean(0) + [200, 300]), 0])
+    far = replace(near, size=(600, 800), landmarks=(away + 0.2 * (near.landmarks - away)).astype(np.float32))
+    own, front = pipe.preview(far, None, size), pipe.preview(far, "front", size, expression="reference")
+    np.testing.assert_allclose(own.landmarks, pipe.preview(near, None, size).landmarks, atol=0.5)
+    np.testing.assert_allclose(own.head.angles, pipe.predictor.reconstruct(near)[0].angles, atol=0.5)
+    np.testing.assert_allclose(own.head.expression, front.head.expression, atol=1e-3)
+    assert own.head.scale == pytest.approx(front.head.scale) and own.notes == ()
+    template = pipe.preview(far, "front", size).landmarks
+    assert np.abs(np.mean([own.landmarks.min(0) + own.landmarks.max(0)], 0) / 2
+                  - (template.min(0) + template.max(0)) / 2).max() < 0.05 * min(size)  # fmt: skip
+
+
+def test_a_pose_photo_says_size_and_place(pipe):
+    near = pipe.analyse(BOB)
+    corner = np.array([20, 20, 0])
+    far = replace(near, landmarks=(corner + 0.5 * (near.landmarks - corner)).astype(np.float32))
+    ratio = pipe.preview(ALICE, far).head.scale / pipe.preview(ALICE, near).head.scale
+    assert ratio == pytest.approx(0.5, rel=0.02)
+
+
+def test_what_was_turned_to_be_read_is_told_and_a_tilted_pose_stays_tilted(pipe):
+    face = pipe.analyse(ALICE)
+    assert pipe.preview(replace(face, turned=90), "front").notes == (
+        "The reference photo lies on its side; it was read after a turn by 90° clockwise.",
+    )
+    assert "stands on its head" in pipe.preview(replace(face, turned=180), "front").notes[0]
+    tilted = replace(face, tilt=33.0)
+    (note,) = pipe.preview(tilted, "front").notes
+    assert "the head is tilted by 33° to the left; it was read upright" in note
+    assert pipe.preview(tilted).head.angles[2] == pytest.approx(pipe.preview(face).head.angles[2])
+    assert pipe.preview(ALICE, tilted).head.angles[2] == pytest.approx(pipe.preview(ALICE, face).head.angles[2] + 33)
+
+
+def test_without_a_word_the_checkpoints_own_prompt_is_used(pipe):
+    assert pipe.settings.prompt == "a photo of a person"
+    said = pixels(portrait(pipe, "a photo of a person"))
+    for nothing in (None, "", "  "):
+        assert np.array_equal(pixels(portrait(pipe, nothing)), said)
+    both = portrait(pipe, ["", "a cat"]).images
+    assert np.array_equal(np.asarray(both[0]), said) and not np.array_equal(np.asarray(both[1]), said)
 
 
 def test_a_face_too_small_to_draw_is_pointed_out(pipe):
@@ -294,7 +325,6 @@ def test_identity_score_is_none_where_there_is_no_face(pipe):
         ({"scheduler": "Euler b"}, "no sampler 'Euler b'; choose DPM"),
         ({"num_images_per_prompt": 0}, "number of pictures for a prompt is 0"),
         ({"seed": -1}, "seed is -1; choose a whole number from 0"),
-        ({"prompt": None}, "There is no prompt"),
         ({"prompt": 5}, "prompt must be text"),
         ({"reference": []}, "There is no reference photo"),
         ({"reference": None}, "There is no reference photo"),

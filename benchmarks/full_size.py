@@ -45,9 +45,10 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or no
 from benchmarks import generate  # noqa: E402
 from benchmarks.training import batches  # noqa: E402
 from facesnap.evaluation import report  # noqa: E402
+from facesnap.face_adapter import HEAD_WIDTH, FaceAdapter  # noqa: E402
 from facesnap.ffrnet import FFRNet  # noqa: E402
 from facesnap.folder import SETTINGS_NAME, Settings  # noqa: E402
-from facesnap.instantid import HEAD_WIDTH, FaceAdapter, InstantIDPipeline  # noqa: E402
+from facesnap.instantid import InstantIDPipeline  # noqa: E402
 from facesnap.mini.nets.tokenizer import train_tokenizer  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
@@ -225,7 +226,7 @@ def picture(
 ) -> dict[str, Any]:
     """One portrait by the path that a visitor's photo takes."""
     with told.part("load"):
-        pipe = kind.from_pretrained(folder, torch_dtype=BF16)
+        pipe = kind.from_pretrained(folder, dtype=BF16)
     pipe.set_progress_bar_config(disable=True)
     told.watch(pipe, ("text_encoder", "text_encoder_2", *readers, "unet", "ffrnet", "vae"))
     with told.part("whole portrait"):

@@ -174,7 +174,7 @@ def attach(
         # the conditional half: the latents of both are equal, the size conditioning need not be
         own_time_ids = call["added_cond_kwargs"]["time_ids"] if time_ids is None else _rows(time_ids, batch)
         timestep = torch.as_tensor(call["timestep"])
-        device, dtype = call["sample"].device, ffrnet.dtype
+        device, dtype = call["sample"].device, _dtype(ffrnet)
         if picture is None or (len(picture), picture.device, picture.dtype) != (batch, device, dtype):
             picture = _rows(control, batch).to(device, dtype)
         # compiled code does not notice hooks that come later, and these two scales are hooks
@@ -207,6 +207,12 @@ def attach(
             hooks.callback(hook.remove)
         hooks.callback(unet.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         yield
+
+
+def _dtype(ffrnet: FFRNet) -> torch.dtype:
+    """As `ffrnet.dtype`, which finds nothing inside FSDP's forward: there the weights are no parameters."""
+    weight = ffrnet.conv_in.weight
+    return ffrnet.dtype if isinstance(weight, nn.Parameter) else weight.dtype
 
 
 class _Once(nn.Module):

@@ -16,9 +16,10 @@ import train_in_processes
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_batches import batch, stream
 
+from facesnap.errors import InputError
 from facesnap.ffrnet import VARIANTS
 from facesnap.mini.nets.recogniser import RecogniserNet, export_recogniser
 from facesnap.mixer import VARIANTS as MIXERS
@@ -87,13 +88,21 @@ def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(start, tmp_pat
     assert len(list((tmp_path / "whole").glob("checkpoint-*"))) == 2  # keep
 
 
-def test_two_processes_give_the_gradient_of_one_with_the_double_batch(start, tmp_path):
-    options = {"steps": 2, "clip": 1e9, **with_identity(start)}
-    train_in_processes.steps(words(start, tmp_path / "one", **options), 4, tmp_path / "one.safetensors")
+@pytest.fixture(scope="module")
+def in_processes(start, tmp_path_factory) -> Path:
+    """A run of one process (`one`), of two (`two`) with half the batch each, and of two that hold the weights in pieces
+    (`pieces`). The clip bites, so it must be by the norm of the whole gradient."""
+    folder = tmp_path_factory.mktemp("processes")
+    options = {"steps": 2, "clip": 0.05, **with_identity(start)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("facesnap.pipeline.FaceAnalyser", tiny.TinyAnalyser)
+        patch.setattr("facesnap.pipeline.Recogniser", tiny.TinyScorer)
+        train_in_processes.steps(words(start, folder / "one", **options), 4, folder / "one.safetensors")
     told = {
-        "overrides": words(start, tmp_path / "two", **options),
+        "overrides": words(start, folder / "two", **options),
+        "in_pieces": words(start, folder / "pieces", **options),
         "count": 2,
-        "gradients": str(tmp_path / "two.safetensors"),
+        "gradients": str(folder / "two.safetensors"),
     }
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -102,13 +111,29 @@ def test_two_processes_give_the_gradient_of_one_with_the_double_batch(start, tmp
         [*launch, str(ROOT / "tests" / "train_in_processes.py"), json.dumps(told)],
         check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    return folder
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_double_batch(in_processes):
+    one, two = (load_file(in_processes / f"{name}.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and any(name.startswith("mixer.") for name in one)
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
-    ours, theirs = (FaceSnapPipeline.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    assert json.loads((in_processes / "two" / "run.json").read_text())["processes"] == 2
+    ours, theirs = (FaceSnapPipeline.from_pretrained(in_processes / name / "model") for name in ("one", "two"))
     torch.testing.assert_close(ours.mixer.w_out.weight, theirs.mixer.w_out.weight, atol=2e-3, rtol=0)
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_both_with_its_sample(in_processes):
+    told = {(in_processes / "two" / f"told-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(told) == 1 and "the loss is nan at step 3 (samples 00000002_0000)" in told.pop()
+
+
+def test_weights_in_pieces_give_the_losses_and_norms_of_whole_ones(in_processes):
+    whole, pieces = losses(in_processes / "two"), losses(in_processes / "pieces")
+    assert len(whole) == 2 and all(line[-1] > 0.05 for line in whole)
+    for ours, theirs in zip(pieces, whole, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_what_a_run_leaves_is_a_facesnap(start, tmp_path):
@@ -300,7 +325,8 @@ def test_caches_give_the_same_loss_without_the_encoders(start, tmp_path, monkeyp
 
     monkeypatch.setattr(stage.pipe.vae, "encode", never)
     monkeypatch.setattr(stage.pipe, "encode_prompt", never)
-    assert torch.equal(fly, first) and torch.equal(one_loss(stage), fly)
+    assert torch.equal(one_loss(stage), first)
+    assert first.item() == pytest.approx(fly.item(), rel=1e-2)  # latents are kept in bfloat16
     with pytest.raises(AssertionError, match="asked though"):  # pictures that are augmented are new each time
         stage.latent_cache = None
         one_loss(stage)
@@ -330,14 +356,14 @@ def test_the_lightning_branch_is_a_unet_or_a_lora_of_the_base(start, tmp_path):
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     other = tiny.tiny_unet(seed=7)
     other.save_pretrained(tmp_path / "unet")
-    read = train.load_lightning(str(tmp_path / "unet"), pipe)
+    read = train.load_lightning(str(tmp_path / "unet"), pipe, torch.float32, 4)
     assert all(torch.equal(v, read.state_dict()[k]) for k, v in other.state_dict().items())
 
     tuned = tiny.tiny_unet()
     tuned.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(tuned))
     (file,) = (tmp_path / "lora").glob("*.safetensors")
-    fused = train.load_lightning(str(file), pipe)
+    fused = train.load_lightning(str(file), pipe, torch.float32, 4)
     changed = [k for k, v in fused.state_dict().items() if not torch.equal(v, before[k])]
     assert changed and all("to_q" in k or "to_v" in k for k in changed)
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
@@ -346,8 +372,51 @@ def test_the_lightning_branch_is_a_unet_or_a_lora_of_the_base(start, tmp_path):
     with torch.no_grad():
         wanted, found = (u(x, 10, text, added_cond_kwargs=added).sample for u in (tuned, fused))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    save_file(other.state_dict(), tmp_path / "whole.safetensors")
+    read = train.load_lightning(str(tmp_path / "whole.safetensors"), pipe, torch.bfloat16, 4)
+    assert {v.dtype for v in read.state_dict().values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="no lightning UNet or LoRA"):
-        train.load_lightning(str(tmp_path / "nothing"), pipe)
+        train.load_lightning(str(tmp_path / "nothing"), pipe, torch.float32, 4)
+    tiny.tiny_unet(in_channels=4).save_pretrained(tmp_path / "foreign")
+    with pytest.raises(InputError, match="of another architecture than the base .in_channels 4, the base has 16"):
+        train.load_lightning(str(tmp_path / "foreign"), pipe, torch.float32, 4)
+
+
+def test_sdxl_lightning_is_fetched_at_a_commit_for_the_steps_it_has(start, tmp_path, monkeypatch):
+    pipe = FaceSnapPipeline.from_pretrained(start / "model")
+    with pytest.raises(InputError, match="no UNet of 1 steps: choose identity.steps 2, 4 or 8"):
+        train.load_lightning(train.LIGHTNING, pipe, torch.float32, 1)
+    save_file(pipe.unet.state_dict(), tmp_path / "whole.safetensors")
+    asked = []
+    monkeypatch.setattr(
+        train, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "whole.safetensors"
+    )
+    assert train.load_lightning(train.LIGHTNING, pipe, torch.float32, 4) is not None
+    assert asked[0][0] == ("ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors")
+    assert len(asked[0][1]["revision"]) == 40  # a commit
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(train, "hf_hub_download", offline)
+    with pytest.raises(InputError, match="hf download ByteDance/SDXL-Lightning sdxl_lightning_8step_unet.safetensors"):
+        train.load_lightning(train.LIGHTNING, pipe, torch.float32, 8)
+
+
+def test_start_is_read_in_the_dtype_it_is_used_in(start, tmp_path):
+    config = read_config(None, words(start, tmp_path, base_precision="bf16"))
+    pipe = train.make_stage(config, stream(1), torch.device("cpu")).pipe
+    kinds = {name: getattr(pipe, name).dtype for name in ("unet", "text_encoder", "text_encoder_2", "face_encoder")}
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert {pipe.vae.dtype, pipe.mixer.dtype, pipe.ffrnet.dtype} == {torch.float32}
+
+
+def test_latents_are_kept_in_half_of_the_bytes(start, tmp_path):
+    stage = stage_of(start, tmp_path, cache=tmp_path / "cache", data__augment="false")
+    first, again = (stage.latents(batch(0, 0, 2)) for _ in range(2))
+    assert torch.equal(first, again) and first.dtype == torch.float32
+    kept = [load_file(file)["latents"] for file in (tmp_path / "cache").rglob("*/latents/*/*.safetensors")]
+    assert len(kept) == 2 and {x.dtype for x in kept} == {torch.bfloat16}
 
 
 def test_packages_that_are_not_there_are_named(start, tmp_path, monkeypatch):

@@ -190,6 +190,21 @@ def test_faults_of_a_batch_and_losses_that_are_no_number_are_told(tmp_path):
         Trainer(Diverged(), config(tmp_path / "b")).train()
 
 
+def test_a_scaled_loss_is_unscaled_once_for_both_optimisers(tmp_path):
+    """Muon and AdamW share the scaler of fp16, here on the CPU: the weights are those without it."""
+    weights: list[list] = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        line = Line()
+        line.net = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4))  # the middle one for Muon
+        trainer = Trainer(line, config(tmp_path / str(len(weights)), optimiser="muon", steps=3, clip=0.1))
+        assert len(trainer.optimisers) == 2
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.parameters])
+    for plain, scaled in zip(*weights, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_orthogonal_keeps_the_directions_and_evens_the_strengths():
     u, _, v = torch.linalg.svd(torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     matrix = u @ torch.diag(torch.tensor([1.0, 0.8, 0.6, 0.5, 0.4, 0.3])) @ v

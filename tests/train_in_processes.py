@@ -11,7 +11,36 @@ from tiny_batches import stream
 
 import facesnap.pipeline
 from facesnap.training.train import export, make_stage, read_config, record
-from facesnap.training.trainer import Trainer, make_accelerator
+from facesnap.training.trainer import Trainer, keep_inputs, make_accelerator
+
+
+def shard(accelerator) -> None:
+    """FSDP of CPU processes, which accelerate's command line has for GPUs only, as configs/accelerate-fsdp.yaml."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    classes = "BasicTransformerBlock,ResnetBlock2D,DecoderLayer".split(",")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1, sharding_strategy="FULL_SHARD", auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=classes, state_dict_type="FULL_STATE_DICT", sync_module_states=False,
+        cpu_ram_efficient_loading=False, use_orig_params=True,
+    )  # fmt: skip
+    keep_inputs(plugin)
+    accelerator.state._shared_state |= {
+        "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "device": torch.device("cpu"),
+    }  # fmt: skip
+
+
+def steps_in_pieces(overrides: list[str], count: int) -> None:
+    """As `steps`, sharded, without what is left: gathering FSDP's weights is for GPUs, on CPUs torch 2.13 crashes."""
+    config = read_config(None, overrides)
+    accelerator = make_accelerator(config.trainer())
+    shard(accelerator)
+    stage = make_stage(config, stream(count), accelerator.device)
+    trainer = Trainer(stage, config.trainer(), accelerator)
+    batches = trainer._batches()
+    for _ in range(config.steps):
+        trainer._log({key: float(value) for key, value in trainer.update(next(batches)).items()}, 1.0)
 
 
 def steps(overrides: list[str], count: int, gradients: Path) -> Trainer:
@@ -34,8 +63,23 @@ def steps(overrides: list[str], count: int, gradients: Path) -> Trainer:
     return trainer
 
 
+def spoil(trainer: Trainer, count: int) -> None:
+    """One process meets a sample that is no number; what each of them raises goes to a file of its own."""
+    rank = trainer.stage.rank
+    made = next(iter(stream(count)(0, rank, trainer.stage.world)))
+    if rank == 1:
+        made["embeddings"][0] = float("nan")
+    try:
+        trainer.update(made)
+    except FloatingPointError as error:
+        (trainer.config.out / f"told-{rank}.txt").write_text(str(error))
+
+
 if __name__ == "__main__":
     facesnap.pipeline.FaceAnalyser, facesnap.pipeline.Recogniser = TinyAnalyser, TinyScorer
     torch.set_num_threads(1)
     words = json.loads(sys.argv[1])
-    steps(words["overrides"], words["count"], Path(words["gradients"]))
+    trained = steps(words["overrides"], words["count"], Path(words["gradients"]))
+    spoil(trained, words["count"])
+    if "in_pieces" in words:  # the same run again, sharded
+        steps_in_pieces(words["in_pieces"], words["count"])

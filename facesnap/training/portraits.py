@@ -139,8 +139,8 @@ class PortraitStage(Stage):
         self.kind = pipe.scheduler.config.prediction_type
         self.alphas = pipe.scheduler.alphas_cumprod.float()
         for name in ("unet", "vae", "text_encoder", "text_encoder_2", "face_encoder"):
-            # SDXL's VAE overflows in half precision
-            wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+            # SDXL's VAE overflows in float16, and in bfloat16 it shifts colours: it alone is always whole
+            wanted = torch.float32 if name == "vae" else dtype
             getattr(pipe, name).requires_grad_(False).eval().to(self.device, wanted)
         for module in self.modules().values():
             module.requires_grad_(True).float().train()
@@ -217,7 +217,8 @@ class PortraitStage(Stage):
             few = max(1, MEGAPIXEL // (pixels.shape[-1] * pixels.shape[-2]))
             with torch.autocast(self.device.type, enabled=False):
                 means = [vae.encode(part).latent_dist.mode() for part in pixels.split(few)]
-            return [{"latents": x} for x in scale(vae, torch.cat(means).float())]
+            latents = scale(vae, torch.cat(means).float())
+            return [{"latents": x} for x in (latents if self.latent_cache is None else latents.bfloat16())]
 
         rows = list(range(len(batch["pixels"])))
         size = "x".join(map(str, batch["pixels"].shape[-2:]))
@@ -225,7 +226,7 @@ class PortraitStage(Stage):
             found = encode(rows)
         else:
             found = self.latent_cache.get([f"{key} {size}" for key in batch["keys"]], lambda some: encode(some))
-        return torch.stack([tensors["latents"].to(self.device) for tensors in found])
+        return torch.stack([tensors["latents"].to(self.device).float() for tensors in found])
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

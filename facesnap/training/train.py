@@ -34,14 +34,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from facesnap.errors import InputError
+from facesnap.errors import InputError, reading
 from facesnap.evaluation.report import commit, fingerprint, machine
 from facesnap.ffrnet import VARIANTS
+from facesnap.folder import KINDS, local_folder, read_weights
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.training.identity import IdentityConfig, IdentityLoss, IResNet
 from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
@@ -49,6 +51,7 @@ from facesnap.training.portraits import LEARN, Cache, LossConfig, PortraitStage,
 from facesnap.training.trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "insightface", "numpy")
+LIGHTNING, LIGHTNING_REVISION = "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44"
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the package each needs
 
 
@@ -259,14 +262,14 @@ def make_stage(
     config: TrainConfig, stream: Stream, device: torch.device, *, validation: Batch | None = None, data: str = ""
 ) -> PortraitStage:
     """The stage of a config: the model, φ, the lightning branch and the caches."""
-    pipe = FaceSnapPipeline.from_pretrained(config.model)
+    dtype = PRECISIONS[config.base_precision or (config.precision if device.type != "cpu" else "fp32")] or torch.float32
+    pipe = read_start(config.model, dtype)
     if config.variant is not None:
         pipe.settings = dataclasses.replace(pipe.settings, variant=config.variant)
     check_model(pipe, config.model)
-    dtype = PRECISIONS[config.base_precision or (config.precision if device.type != "cpu" else "fp32")] or torch.float32
     identity_loss, lightning = None, None
     if config.identity.recogniser is not None:
-        lightning = load_lightning(config.identity.lightning, pipe)
+        lightning = load_lightning(config.identity.lightning, pipe, dtype, config.identity.steps)
         identity_loss = IdentityLoss(
             IResNet.from_onnx(config.identity.recogniser), pipe.vae, pipe.scheduler.alphas_cumprod,
             pipe.scheduler.config.prediction_type, steps=config.identity.steps, margin=config.identity.margin,
@@ -294,6 +297,15 @@ def make_stage(
     return stage
 
 
+def read_start(model: str, dtype: torch.dtype) -> FaceSnapPipeline:
+    """START, each tensor once and in the dtype it is used in: what learns in float32, and so the VAE."""
+    place = local_folder(model)
+    with reading(f"A part of the checkpoint '{model}'"):
+        parts = {name: KINDS["facesnap"][name] for name in ("mixer", "ffrnet")} | {"vae": AutoencoderKL}
+        exact = {name: read_weights(kind, place / name) for name, kind in parts.items() if (place / name).is_dir()}
+    return FaceSnapPipeline.from_pretrained(model, dtype=dtype, **exact)
+
+
 def check_model(pipe: FaceSnapPipeline, name: str) -> None:
     """Raises ValueError where the parts of a folder do not belong together."""
     width = pipe.unet.config.cross_attention_dim
@@ -315,32 +327,60 @@ def check_model(pipe: FaceSnapPipeline, name: str) -> None:
             )
 
 
-def load_lightning(name: str | None, pipe: FaceSnapPipeline) -> nn.Module | None:
-    """The few-step UNet of the identity loss: a diffusers folder, a safetensors file of a whole UNet, or a LoRA, which
-    is fused into a copy of the base's. None for None: the base itself takes the few steps."""
+def load_lightning(name: str | None, pipe: FaceSnapPipeline, dtype: torch.dtype, steps: int) -> nn.Module | None:
+    """The few-step UNet of the identity loss: SDXL-Lightning's of so many steps by its Hub id, a diffusers folder, a
+    safetensors file of a whole UNet, or a LoRA, which is fused into a copy of the base's. None for None: the base
+    itself takes the few steps."""
     if name is None:
         return None
-    path = Path(name)
+    path = fetched_lightning(steps) if name == LIGHTNING else Path(name)
     if path.is_dir():
-        unet = UNet2DConditionModel.from_pretrained(path)
+        unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype)
     elif path.is_file():
-        unet = UNet2DConditionModel.from_config(pipe.unet.config)
         with safe_open(path, "pt") as file:
             is_lora = any("lora" in key for key in file.keys())  # noqa: SIM118
-        if is_lora:
-            unet.load_state_dict(pipe.unet.state_dict())
-            holder = StableDiffusionXLPipeline(
-                pipe.vae, None, None, None, None, unet, pipe.scheduler, add_watermarker=False
-            )
-            holder.load_lora_weights(str(path))
-            holder.fuse_lora(components=["unet"])
-            holder.unload_lora_weights()
-        else:
-            unet.load_state_dict(load_file(path))
+        unet = _with_lora(pipe, path) if is_lora else _read_unet(pipe, path, dtype)
     else:
-        raise ValueError(f"there is no lightning UNet or LoRA at {name}: give a folder or a safetensors file")
-    if unet.config.block_out_channels != pipe.unet.config.block_out_channels:
-        raise ValueError(f"the lightning UNet {name} is of another architecture than the base: use one made from it")
+        raise InputError(
+            f"there is no lightning UNet or LoRA at {name}: give {LIGHTNING}, a folder or a safetensors file"
+        )
+    for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
+        if unet.config[key] != pipe.unet.config[key]:
+            raise InputError(
+                f"the lightning UNet {name} is of another architecture than the base ({key} {unet.config[key]}, the "
+                f"base has {pipe.unet.config[key]}): use one made from it"
+            )
+    return unet
+
+
+def fetched_lightning(steps: int) -> Path:
+    """SDXL-Lightning's UNet of so many steps, 5.1 GB, from the Hub's cache or the Hub."""
+    if steps not in (2, 4, 8):
+        raise InputError(f"{LIGHTNING} has no UNet of {steps} steps: choose identity.steps 2, 4 or 8")
+    file = f"sdxl_lightning_{steps}step_unet.safetensors"
+    try:
+        return Path(hf_hub_download(LIGHTNING, file, revision=LIGHTNING_REVISION))
+    except (OSError, ValueError) as error:  # the Hub's errors and those of the network
+        raise InputError(
+            f"{file} of {LIGHTNING} cannot be fetched ({type(error).__name__}): on a machine with a network run `hf "
+            f"download {LIGHTNING} {file} --revision {LIGHTNING_REVISION}`, and give the file as identity.lightning"
+        ) from error
+
+
+def _read_unet(pipe: FaceSnapPipeline, path: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, assign=True)
+    return unet
+
+
+def _with_lora(pipe: FaceSnapPipeline, path: Path) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.dtype)
+    unet.load_state_dict(pipe.unet.state_dict())
+    holder = StableDiffusionXLPipeline(pipe.vae, None, None, None, None, unet, pipe.scheduler, add_watermarker=False)
+    holder.load_lora_weights(str(path))
+    holder.fuse_lora(components=["unet"])
+    holder.unload_lora_weights()
     return unet
 
 

@@ -16,6 +16,7 @@ the learning rate follows the share that is spent, which a checkpoint remembers 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -369,28 +370,64 @@ class Trainer:
                 self._check(loss, batch, logs.pop("each", None))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters, config.clip)
-                for optimiser in self.optimisers:
-                    optimiser.step()
-                    optimiser.zero_grad()
+                    norm = self._clip()
+                self._step_optimisers()
             for key, value in {"loss": loss, **logs}.items():
                 sums[key] = sums.get(key, 0.0) + value.detach() / len(batches)
         self.average.update()
         self.step += 1
         return sums | ({} if norm is None else {"norm": torch.as_tensor(norm).detach()})
 
+    def _clip(self) -> Tensor | None:
+        """The norm of the whole gradient, over all processes, which is brought down to the config's."""
+        scaler, kind = self.accelerator.scaler, self.accelerator.distributed_type
+        if kind == DistributedType.DEEPSPEED:  # it clips by itself
+            return self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+        if scaler is not None:
+            for optimiser in self.optimisers:
+                scaler.unscale_(optimiser.optimizer)
+        if kind != DistributedType.FSDP:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        # Each process holds a piece of each gradient. (FSDP's own `clip_grad_norm_` of torch 2.13 overlooks some.)
+        pieces = [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
+        norm = self.accelerator.reduce(sum(pieces, torch.zeros((), device=self.device))).sqrt()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        return norm
+
+    def _step_optimisers(self) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            for optimiser in self.optimisers:
+                optimiser.step()
+        elif self.accelerator.sync_gradients:
+            # accelerate moves the scale on at each optimiser's step, and the next one would be unscaled twice
+            for optimiser in self.optimisers:
+                scaler.step(optimiser.optimizer)
+            scaler.update()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+
     def _check(self, loss: Tensor, batch: Batch, each: Tensor | None) -> None:
-        if torch.isfinite(loss):
+        """Raises FloatingPointError in all processes where the loss of one is no number: none is left waiting."""
+        fine = torch.isfinite(loss.detach())
+        if self.stage.world > 1:
+            fine = self.accelerator.reduce(fine.float()) == self.stage.world
+        if fine:
             return
-        keys = list(batch.get("keys", []))
-        if each is not None and keys:
-            bad = [key for key, fine in zip(keys, torch.isfinite(each).tolist(), strict=True) if not fine]
-            keys = bad or keys
-        samples = f" (samples {', '.join(map(str, keys))})" if keys else ""
+        told = [] if torch.isfinite(loss) else [(loss.item(), self._bad_samples(batch, each))]
+        (value, samples), *_ = gather_object(told) if self.stage.world > 1 else told
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
+            f"the loss is {value} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
             f"samples, or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
         )
+
+    @staticmethod
+    def _bad_samples(batch: Batch, each: Tensor | None) -> str:
+        keys = list(batch.get("keys", []))
+        if each is not None and keys:
+            bad = [key for key, good in zip(keys, torch.isfinite(each).tolist(), strict=True) if not good]
+            keys = bad or keys
+        return f" (samples {', '.join(map(str, keys))})" if keys else ""
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -564,12 +601,27 @@ def make_accelerator(config: TrainerConfig, **options: Any) -> Accelerator:
     bf16 is autocast by the trainer itself; accelerate keeps what needs a scaler (fp16), and what a DeepSpeed or FSDP
     configuration names.
     """
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="fp16" if config.precision == "fp16" else None,
         gradient_accumulation_steps=config.accumulate,
+        # the gradients lie in the buckets they are sent in: once in memory, not twice
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **options,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        keep_inputs(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+def keep_inputs(plugin: Any) -> None:
+    """FSDP's mixed precision is for weights: key points and sizes among a batch stay float32, gradients are summed in
+    it."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, cast_root_forward_inputs=False, cast_forward_inputs=False, reduce_dtype=torch.float32
+        )
 
 
 def write_whole(folder: Path, save: Callable[[Path], Any]) -> None:

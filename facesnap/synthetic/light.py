@@ -211,7 +211,9 @@ def shade_sample(t, w0, w1, V, N, C, T, part, p, light, frame, shadow, up, c):
     wx = w0 * V[a, 0] + w1 * V[b, 0] + w2 * V[d, 0]
     wy = w0 * V[a, 1] + w1 * V[b, 1] + w2 * V[d, 1]
     wz = w0 * V[a, 2] + w1 * V[b, 2] + w2 * V[d, 2]
-    key = key_light(wx, wy, wz, nx, ny, nz, p, light, frame, shadow)
+    key = p.key
+    if eye > 0 or nx * light[0] + ny * light[1] + nz * light[2] > -0.4:  # others get none of it
+        key = key_light(wx, wy, wz, nx, ny, nz, p, light, frame, shadow)
     illuminate(nx, ny, nz, key, gloss, shine, eye, reach, skin, strand, p, light, up, c)
 
 

@@ -178,8 +178,8 @@ def hand_meshes(p):
         )
     bodies.append(((0.17, -0.25, 0.03), (0.36, 0.08, 0.0), 0.068, 0.066))
     out = []
-    for start, end, half_w, half_d in bodies:
-        start, end = np.array(start), np.array(end)
+    for first, last, half_w, half_d in bodies:
+        start, end = np.array(first), np.array(last)
         axis = (end - start) / np.linalg.norm(end - start)
         across = np.cross(axis, (0.0, 0.0, 1.0))
         swell = np.sin(np.pi * (0.02 + 0.96 * along)) ** 0.35

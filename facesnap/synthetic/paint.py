@@ -86,15 +86,17 @@ def lines_of_age(x, y, p):
     if w <= 0.3:
         return dark + 0.42 * w * bump(up + 0.155 - 1.4 * (ax - ex) ** 2, ax - ex, 0.014, 0.11)
     if up > 0.10:  # the forehead's lines and the two between the brows
-        wave = abs(math.sin(up * 34 + 0.8 * math.sin(x * 4 + 1) + 3 * noise(x * 2 + 7, up * 3)))
-        line = (1 - smoothstep(0.0, 0.42, wave)) * smoothstep(0.62, 0.30, ax) * smoothstep(0.26, 0.36, up)
-        dark += 0.55 * deep * line
+        if up > 0.26 and ax < 0.62:
+            wave = abs(math.sin(up * 34 + 0.8 * math.sin(x * 4 + 1) + 3 * noise(x * 2 + 7, up * 3)))
+            line = (1 - smoothstep(0.0, 0.42, wave)) * smoothstep(0.62, 0.30, ax) * smoothstep(0.26, 0.36, up)
+            dark += 0.55 * deep * line
         dark += 0.50 * deep * bump(ax - 0.045, up - 0.17, 0.011, 0.06)
     elif up > -0.42:  # crow's feet, bags under the eyes
         dx = ax - ex - 0.17
-        angle = math.atan2(up, max(dx, 0.01))
-        feet = (1 - smoothstep(0.0, 0.55, abs(math.sin(angle * 4.5 + 0.6)))) * smoothstep(0.02, 0.07, dx)
-        dark += 0.75 * deep * feet * smoothstep(0.27, 0.12, math.hypot(dx, up))
+        if 0.02 < dx < 0.27:
+            angle = math.atan2(up, dx)
+            feet = (1 - smoothstep(0.0, 0.55, abs(math.sin(angle * 4.5 + 0.6)))) * smoothstep(0.02, 0.07, dx)
+            dark += 0.75 * deep * feet * smoothstep(0.27, 0.12, math.hypot(dx, up))
         arc = up + 0.155 - 1.4 * (ax - ex) ** 2
         dark += 0.42 * w * bump(arc, ax - ex, 0.014, 0.11)
         dark += 0.22 * w * bump(up + 0.105, ax - ex + 0.02, 0.014, 0.10)

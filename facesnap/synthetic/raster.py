@@ -36,10 +36,10 @@ def vertex_normals(V, T, N):
 
 
 @jit
-def rasterise(S, T, closed, depth, which, b0, b1):
+def rasterise(S, T, closed, handed, depth, which, b0, b1):
     """Fill the z-buffer: nearest triangle of every sample and its first two barycentric weights.
 
-    Triangles of closed surfaces that face away are skipped.
+    Triangles of closed surfaces that face away are skipped. handed: 1 where y points down, -1 where it points up.
     """
     H, W = depth.shape
     for t in range(T.shape[0]):
@@ -53,17 +53,23 @@ def rasterise(S, T, closed, depth, which, b0, b1):
         x2 = S[c, 0]
         y2 = S[c, 1]
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
-        if abs(area) < 1e-9 or (closed[t] and area > 0):
+        if abs(area) < 1e-9 or (closed[t] and area * handed > 0):
             continue
         left = max(int(math.ceil(min(x0, x1, x2))), 0)
         right = min(int(math.floor(max(x0, x1, x2))), W - 1)
         up = max(int(math.ceil(min(y0, y1, y2))), 0)
         down = min(int(math.floor(max(y0, y1, y2))), H - 1)
+        if left > right or up > down:
+            continue
         inverse = 1.0 / area
+        x1 = (x1 - x0) * inverse
+        y1 = (y1 - y0) * inverse
+        x2 = (x2 - x0) * inverse
+        y2 = (y2 - y0) * inverse
         for py in range(up, down + 1):
             for px in range(left, right + 1):
-                w1 = ((px - x0) * (y2 - y0) - (x2 - x0) * (py - y0)) * inverse
-                w2 = ((x1 - x0) * (py - y0) - (px - x0) * (y1 - y0)) * inverse
+                w1 = (px - x0) * y2 - x2 * (py - y0)
+                w2 = x1 * (py - y0) - (px - x0) * y1
                 w0 = 1 - w1 - w2
                 if w0 < -1e-5 or w1 < -1e-5 or w2 < -1e-5:
                     continue
@@ -75,9 +81,9 @@ def rasterise(S, T, closed, depth, which, b0, b1):
                     b1[py, px] = w1
 
 
-def z_buffer(S, T, closed, size, far):
+def z_buffer(S, T, closed, handed, size, far):
     """Depth (size, size), nearest triangle (-1: none) and barycentric weights of every sample."""
     depth, which = np.full((size, size), far), np.full((size, size), -1, np.int32)
     b0, b1 = np.empty((2, size, size))
-    rasterise(S, T, closed, depth, which, b0, b1)
+    rasterise(S, T, closed, handed, depth, which, b0, b1)
     return depth, which, b0, b1

@@ -121,9 +121,10 @@ def build(p):
 
 
 def fine_features(C, p):
-    """Which face triangles, by their paint coordinates (N, 3), carry eyes, brows, mouth, nostrils or beard."""
+    """Which points of the face, by their paint coordinates (N, 3), carry eyes, brows, mouth, nostrils or beard."""
     x, y, z = np.abs(C[:, 0]), C[:, 1], C[:, 2]
-    eyes = (y > p["eye_y"] - 0.15) & (y < p["eye_y"] + 0.42) & (x < 0.64)
+    brows = p["eye_y"] + p["brow_height"] + 0.16  # raised and arched ones too
+    eyes = (y > p["eye_y"] - 0.15) & (y < brows) & (x < 0.64)
     mouth = (y < p["eye_y"] - p["nose_length"] + 0.03) & (x < p["mouth_width"] * 1.45) & (y > p["mouth_y"] - 0.35)
     bearded = p["beard"] + p["goatee"] + p["stubble"] > 0.4
     return (z > 0) & (eyes | mouth | (bearded & (y < p["eye_y"] - 0.15)))
@@ -139,14 +140,14 @@ def render(picture: Picture, size: int = 256) -> Rendered:
     N = np.empty_like(V)
     for (_, _, T, _), start, end in zip(meshes, starts, starts[1:], strict=False):
         vertex_normals(V[start:end], T, N[start:end])
-    T = np.concatenate([m[2] + start for m, start in zip(meshes, starts, strict=False)]).astype(np.int32)
+    T = np.concatenate([m[2] + np.int32(start) for m, start in zip(meshes, starts, strict=False)])
     part = np.concatenate([np.full(len(m[2]), m[3], np.int32) for m in meshes])
 
     n = size * 2
     S = project(V, p, n)
     S[:, :2] -= 0.5  # sample centres
     closed = (part == HEAD) | (part == HAIR) | (part == NECK)
-    _, which, b0, b1 = z_buffer(S, T, closed, n, 0.0)
+    _, which, b0, b1 = z_buffer(S, T, closed, 1.0, n, 0.0)
 
     vectors = key_vectors(p)
     light = vectors[:3]
@@ -156,11 +157,13 @@ def render(picture: Picture, size: int = 256) -> Rendered:
     half = (SHADOW_MAP - 1) / 2
     L = np.concatenate([half + half / SHADOW_EXTENT * (V @ frame.T), V @ light[:, None]], 1)
     casts = (part != GLASSES) & (part != CLOTHES)
-    shadow = z_buffer(L, T[casts], np.zeros(casts.sum(), bool), SHADOW_MAP, -9.0)[0]
+    shadow = z_buffer(L, T[casts], closed[casts], -1.0, SHADOW_MAP, -9.0)[0]
 
     image, mask = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.uint8)
     up = np.ascontiguousarray(head_rotation(p)[:, 1])
-    fine = fine_features(C[T[:, 0]], p)
+    fine = np.zeros(len(T), bool)
+    face = meshes[0][2]  # the head comes first
+    fine[: len(face)] = fine_features(C[: starts[1]], p)[face[:, 0]]
     shade(which, b0, b1, V, N, C, T, part, fine, p, vectors, frame, shadow, up, image, LABELS, mask)
     points = landmarks(p)
     xy = project(to_world(points, p), p, size)[:, :2] - 0.5

@@ -20,7 +20,7 @@ from facesnap.synthetic.render import Rendered, render
 PEOPLE_PER_SHARD = 50
 
 
-def rounded(p: np.void) -> dict[str, float | list[float]]:
+def rounded(p: np.void | np.ndarray) -> dict[str, float | list[float]]:
     """Every field of a record of PARAMETERS to five digits, as JSON wants it."""
     values = np.round(np.frombuffer(p.tobytes()), 5).tolist()
     fields = {name: (kind.shape, offset // 8) for name, (kind, offset, *_) in (PARAMETERS.fields or {}).items()}

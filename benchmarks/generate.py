@@ -58,7 +58,8 @@ from facesnap.ffrnet import FFRNet, attach  # noqa: E402
 from facesnap.folder import BASE_PARTS  # noqa: E402
 from facesnap.mini.nets.tokenizer import train_tokenizer  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
-from facesnap.pipeline import FaceSnapPipeline, PreviewResult  # noqa: E402
+from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.results import PreviewResult  # noqa: E402
 
 PROMPT = "a photo of a person in a red jacket, by the sea"
 STEPS, GUIDANCE, TOKENS = 8, 2.0, 16
@@ -262,12 +263,12 @@ class Portraits:
             mixed = self.pipe.mix(self.preview.reference_faces)
         faces = {"tokens": mixed.tokens, "pooled": mixed.pooled, "control": self.control(mixed.tokens.dtype)}
         both = {name: torch.cat([x, x]) for name, x in faces.items()}
-        with attach(self.pipe.unet, self.pipe.ffrnet, guidance=False, **both):  # two rows, as if of two pictures
+        with attach(self.pipe.unet, self.pipe.ffrnet, **both):  # two rows, as if of two pictures
             self.plain()
 
     def facesnap(self, preset: str) -> None:
         self.pipe(
-            PROMPT, reference=a_face(), preview=self.preview, preset=preset, score=False, latents=self.noise(),
+            PROMPT, preview=self.preview, preset=preset, score=False, latents=self.noise(),
             height=self.side, width=self.side, **self.arguments,
         )  # fmt: skip
 

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
+
+from facesnap.attachment import UNGUIDED, Cadence, Parts, add_residuals, asked, by_name, rows, scaled_output
 
 Variant = Literal["predicted", "driver", "black", "none"]
 VARIANTS: tuple[Variant, ...] = ("predicted", "driver", "black", "none")
@@ -83,19 +87,19 @@ def attach(
     identity_scale: float = 1.0,
     landmark_scale: float = 1.0,
     variant: Variant = "predicted",
-    guidance: bool | Callable[[], bool] = False,
+    parts: Parts = UNGUIDED,
     every: int = 1,
     end: float = 1.0,
     num_steps: int | Callable[[], int] | None = None,
 ) -> Iterator[None]:
     """While the block lasts, every forward of `unet` gets FFRNet's residuals added to whatever it is given.
 
-    With guidance, those of the unconditional half are zero: guidance then goes from a picture of nobody in
+    With guidance, those of the unconditional part are zero: guidance then goes from a picture of nobody in
     particular towards this face in this pose, and not only towards the text.
 
     Rows: `tokens`, `pooled` and `control` have B rows for B prompts; a UNet batch of k·B rows (several
     pictures a prompt, kept together as diffusers does) repeats each row k times. Tensors are moved to the
-    UNet's device.
+    UNet's device. FFRNet is hooked too, so one block at a time: `facesnap.attachment.alone_with` sees to that.
 
     Args:
         unet: the pipeline's current `unet`, compiled or not.
@@ -109,9 +113,9 @@ def attach(
         landmark_scale: of the control picture's embedding; at 0 FFRNet sees the face only.
         variant: a row of Table 3. "predicted" and "driver" differ only in what the caller drew; "black"
             replaces the drawing by a black picture; "none" does without FFRNet and appends the tokens to the
-            UNet's text tokens, in both halves of guidance (the three scales have no meaning there).
-        guidance: whether the UNet's batch is [unconditional ; conditional], or a function asked at every
-            call, such as `lambda: pipe.do_classifier_free_guidance`.
+            UNet's text tokens, in all parts of the batch (the three scales have no meaning there).
+        parts: which parts of the UNet's batch are conditional, such as `GUIDED`, or a function asked at every
+            call, such as `lambda: parts_of(pipe)` (`facesnap.attachment`).
         every: FFRNet runs at every so many-th call of the UNet, the first among them; the calls between get
             the residuals of the last run. Not exact above 1.
         end: share of a picture's UNet calls that get residuals: call i of n does while i / n < end. Not
@@ -122,90 +126,109 @@ def attach(
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown FFRNet variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    if variant != "none" and (ffrnet is None or pooled is None or control is None):
+    cadence = Cadence(every, end, num_steps)
+    hook: Any
+    if variant == "none":
+        hook = partial(_with_tokens, tokens)
+    elif ffrnet is None or pooled is None or control is None:
         raise ValueError(f'variant "{variant}" needs an FFRNet, pooled tokens and a control picture')
-    if every < 1 or not 0 <= end <= 1:
-        raise ValueError(f"every is {every}, end {end}: FFRNet runs every 1, 2, … calls, for a share of 0 to 1")
-    if (every > 1 or end < 1) and num_steps is None:
-        raise ValueError("FFRNet can only rest at some steps if num_steps says how many a picture has")
-    if variant == "black" and control is not None:
-        control = torch.zeros_like(control)
-    calls = 0  # of the UNet, for the picture that is being made
-    residuals: tuple[list[Tensor], Tensor] | None = None  # those of FFRNet's last run
+    else:
+        if variant == "black":
+            control = torch.zeros_like(control)
+        # compiled code does not notice hooks that come later, and these two scales are hooks
+        eager = (identity_scale, landmark_scale) != (1, 1) and _is_compiled(ffrnet)
+        pooled = pooled * identity_scale
+        hook = _Residuals(ffrnet, cadence, parts, tokens, pooled, control, time_ids, scale, eager)
+    with ExitStack() as hooks:
+        if ffrnet is not None:
+            hooks.enter_context(_scaled(ffrnet, identity_scale, landmark_scale))
+        hooks.callback(unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _with_tokens(tokens: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """The UNet's pre-hook of variant "none": face tokens after the text's."""
+    call = by_name(args, kwargs)
+    text = call["encoder_hidden_states"]
+    call["encoder_hidden_states"] = torch.cat([text, rows(tokens, len(text)).to(text)], dim=1)
+    return (), call
+
+
+@dataclass
+class _Residuals:
+    """The UNet's pre-hook of `attach`, for its arguments of the same names."""
+
+    ffrnet: FFRNet
+    cadence: Cadence
+    parts: Parts
+    tokens: Tensor
+    pooled: Tensor
+    control: Tensor
+    time_ids: Tensor | None
+    scale: float
+    eager: bool
+    kept: tuple[list[Tensor], Tensor] | None = None  # of FFRNet's last run
     picture: Tensor | None = None  # `control` as FFRNet takes it; one tensor for all steps, by which `_Once` knows it
 
-    def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-        if variant == "none":
-            text = call["encoder_hidden_states"]
-            call["encoder_hidden_states"] = torch.cat([text, _rows(tokens, len(text)).to(text)], dim=1)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = by_name(args, kwargs)
+        turn = self.cadence.next()
+        if turn == "rest":
+            self.kept = None
             return (), call
+        parts = asked(self.parts)
+        if turn == "run" or self.kept is None:
+            self.kept = self.run(call, len(call["sample"]) // len(parts))
+        down, mid = self.kept
+        if self.cadence.every == 1:  # else they would lie in memory until the next step
+            self.kept = None
 
-        nonlocal calls, residuals
-        position, total = calls, 1
-        if num_steps is not None:
-            total = num_steps() if callable(num_steps) else num_steps
-            calls = (calls + 1) % total
-        if position / total >= end:
-            residuals = None
-            return (), call
-        halves = 2 if (guidance() if callable(guidance) else guidance) else 1
-        down, mid = (
-            run(call, len(call["sample"]) // halves) if residuals is None or position % every == 0 else residuals
-        )
-        residuals = (down, mid) if every > 1 else None  # else they would lie in memory until the next step
-
-        def conditional(residual: Tensor) -> Tensor:
+        def placed(residual: Tensor) -> Tensor:
             residual = residual.to(call["sample"].dtype)
-            return residual if halves == 1 else torch.cat([torch.zeros_like(residual), residual])
+            zero = torch.zeros_like(residual) if False in parts else residual
+            return residual if len(parts) == 1 else torch.cat([residual if part else zero for part in parts])
 
-        others = call.get("down_block_additional_residuals")
-        call["down_block_additional_residuals"] = [
-            conditional(ours) if others is None else conditional(ours) + theirs
-            for ours, theirs in zip(down, others or down, strict=True)
-        ]
-        others = call.get("mid_block_additional_residual")
-        call["mid_block_additional_residual"] = conditional(mid) if others is None else conditional(mid) + others
+        add_residuals(call, [placed(residual) for residual in down], placed(mid))
         return (), call
 
-    def run(call: dict[str, Any], batch: int) -> tuple[list[Tensor], Tensor]:
-        nonlocal picture
-        assert ffrnet is not None and pooled is not None and control is not None
-        # the conditional half: the latents of both are equal, the size conditioning need not be
-        own_time_ids = call["added_cond_kwargs"]["time_ids"] if time_ids is None else _rows(time_ids, batch)
-        timestep = torch.as_tensor(call["timestep"])
-        device, dtype = call["sample"].device, _dtype(ffrnet)
-        if picture is None or (len(picture), picture.device, picture.dtype) != (batch, device, dtype):
-            picture = _rows(control, batch).to(device, dtype)
-        # compiled code does not notice hooks that come later, and these two scales are hooks
-        unnoticed = (identity_scale, landmark_scale) != (1, 1) and _is_compiled(ffrnet)
-        with torch.compiler.set_stance("force_eager") if unnoticed else nullcontext():
-            return ffrnet(
-                call["sample"][-batch:, : ffrnet.config.in_channels].to(dtype),
+    def run(self, call: dict[str, Any], batch: int) -> tuple[list[Tensor], Tensor]:
+        """FFRNet on the last part of the UNet's batch: the latents of all are equal, the size conditioning need not
+        be, and the last is conditional."""
+        sample, timestep = call["sample"], torch.as_tensor(call["timestep"])
+        device, dtype = sample.device, _dtype(self.ffrnet)
+        time_ids = call["added_cond_kwargs"]["time_ids"] if self.time_ids is None else rows(self.time_ids, batch)
+        known = self.picture
+        if known is None or (len(known), known.device, known.dtype) != (batch, device, dtype):
+            self.picture = rows(self.control, batch).to(device, dtype)
+        with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
+            return self.ffrnet(
+                sample[-batch:, : self.ffrnet.config.in_channels].to(dtype),
                 timestep[-batch:] if timestep.ndim else timestep,
-                encoder_hidden_states=_rows(tokens, batch).to(device, dtype),
-                controlnet_cond=picture,
-                conditioning_scale=scale,
+                encoder_hidden_states=rows(self.tokens, batch).to(device, dtype),
+                controlnet_cond=self.picture,
+                conditioning_scale=self.scale,
                 added_cond_kwargs={
-                    "text_embeds": _rows(pooled * identity_scale, batch).to(device, dtype),
-                    "time_ids": own_time_ids[-batch:].to(device),
+                    "text_embeds": rows(self.pooled, batch).to(device, dtype),
+                    "time_ids": time_ids[-batch:].to(device),
                 },
                 return_dict=False,
             )
 
+
+@contextmanager
+def _scaled(ffrnet: FFRNet, identity_scale: float, landmark_scale: float) -> Iterator[None]:
+    """FFRNet with its two inputs weighted, and the drawing's embedding computed once a picture."""
     with ExitStack() as hooks:
-        if ffrnet is not None and _can_be_kept(ffrnet):
+        if _can_be_kept(ffrnet):
             embedding = ffrnet.controlnet_cond_embedding
             ffrnet.controlnet_cond_embedding = _Once(embedding)
             hooks.callback(setattr, ffrnet, "controlnet_cond_embedding", embedding)
-        if ffrnet is not None and identity_scale != 1:
+        if identity_scale != 1:
             for name, module in ffrnet.named_modules():
                 if name.endswith(".attn2"):
-                    hooks.callback(module.register_forward_hook(_scaled(identity_scale)).remove)
-        if ffrnet is not None and landmark_scale != 1:
-            hook = ffrnet.controlnet_cond_embedding.register_forward_hook(_scaled(landmark_scale))
-            hooks.callback(hook.remove)
-        hooks.callback(unet.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+                    hooks.callback(scaled_output(module, identity_scale))
+        if landmark_scale != 1:
+            hooks.callback(scaled_output(ffrnet.controlnet_cond_embedding, landmark_scale))
         yield
 
 
@@ -244,14 +267,3 @@ def _can_be_kept(ffrnet: FFRNet) -> bool:
 
 def _is_compiled(ffrnet: FFRNet) -> bool:
     return hasattr(ffrnet, "_orig_mod") or any(m._compiled_call_impl is not None for m in ffrnet.modules())
-
-
-def _rows(x: Tensor, batch: int) -> Tensor:
-    """Repeat each of x's rows in place, so that there are `batch`."""
-    if batch % len(x):
-        raise ValueError(f"the face conditions have {len(x)} rows, the UNet a batch of {batch}: not a multiple")
-    return x.repeat_interleave(batch // len(x), dim=0)
-
-
-def _scaled(factor: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    return lambda module, inputs, output: output * factor

@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {  # the kinds of checkpoint, and the classes
 }
 WEIGHTS = ("mixer", "ffrnet", "face_encoder")
 OUR_PARTS = (*WEIGHTS, "face_analyser", "head_model", "scorer")
+Dtypes = torch.dtype | dict[str, torch.dtype] | None  # of all parts, float32 where None; or by part, "default"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -151,9 +152,7 @@ def read_weights(model_class: Any, place: Path, dtype: torch.dtype | None = None
     return module.eval()
 
 
-def read_base(
-    folder: Path, name: str | Path, dtype: torch.dtype | None = None, **options: Any
-) -> StableDiffusionXLPipeline:
+def read_base(folder: Path, name: str | Path, dtype: Dtypes = None, **options: Any) -> StableDiffusionXLPipeline:
     """The base model of a checkpoint folder that errors call `name`; components among the `options` are not read."""
     for part in BASE_PARTS:
         place = folder / part
@@ -165,9 +164,12 @@ def read_base(
             found, damage = headers.read(place)
             if not damage and (gaps := headers.gaps(place, BASE_CLASSES[part], found)):
                 raise InputError(f"The checkpoint '{name}' is damaged: {part}: {gaps[0]} Fetch or build it again.")
+    dtypes = dtype or torch.float32
+    if isinstance(dtypes, dict):  # diffusers warns of parts that it does not know
+        dtypes = {part: kind for part, kind in dtypes.items() if part in (*BASE_PARTS, "default")}
     with reading(f"The base model of the checkpoint '{name}'"):
         return StableDiffusionXLPipeline.from_pretrained(
-            folder, dtype=dtype or torch.float32, use_safetensors=True, **{"add_watermarker": False} | options
+            folder, dtype=dtypes, use_safetensors=True, **{"add_watermarker": False} | options
         )
 
 
@@ -175,7 +177,7 @@ def read_parts(
     folder: Path,
     name: str | Path,
     settings: Settings,
-    dtype: torch.dtype | None = None,
+    dtype: Dtypes = None,
     *,
     providers: Iterable[str] = ("CPUExecutionProvider",),
     given: dict[str, Any] | None = None,
@@ -183,12 +185,13 @@ def read_parts(
 ) -> dict[str, Any]:
     """Our parts of a checkpoint folder that errors call `name`, by their names; those `given` are not read."""
 
-    def weights(model_class: Any) -> Callable[[Path], Any]:
-        return lambda place: read_weights(model_class, place, dtype, variant=variant)
+    def weights(part: str, model_class: Any) -> Callable[[Path], Any]:
+        own = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+        return lambda place: read_weights(model_class, place, own, variant=variant)
 
     providers, given = tuple(providers), given or {}
     readers: dict[str, Callable[[Path], Any]] = {
-        **{part: weights(model_class) for part, model_class in KINDS[settings.kind].items()},
+        **{part: weights(part, model_class) for part, model_class in KINDS[settings.kind].items()},
         "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),
         "head_model": read_head,
         "scorer": lambda place: Recogniser(place / SCORER_NAME, providers),

@@ -20,7 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -30,14 +30,16 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from facesnap import landmarks as landmarks72
+from facesnap.attachment import UNGUIDED, Cadence, Parts, add_residuals, asked, by_name, rows, scaled_output
 from facesnap.errors import InputError
 from facesnap.face_adapter import IDENTITY_SCALE, FaceAdapter, cross_attentions
 from facesnap.faces import Face, five_points
-from facesnap.ffrnet import Variant, _rows, _scaled
+from facesnap.ffrnet import Variant
 from facesnap.geometry import letterbox
 from facesnap.heads import Head
 from facesnap.mixer import MixerOutput
-from facesnap.pipeline import FaceSnapPipeline, PreviewResult, Source
+from facesnap.pipeline import FaceSnapPipeline
+from facesnap.results import PreviewResult, Source
 
 CONTROL_SCALE = 0.8  # InstantID's own default; what the caller gives multiplies it
 
@@ -57,7 +59,7 @@ def attach(
     identity_scale: float = 1.0,
     landmark_scale: float = 1.0,
     variant: Variant = "predicted",
-    guidance: bool | Callable[[], bool] = False,
+    parts: Parts = UNGUIDED,
     every: int = 1,
     end: float = 1.0,
     num_steps: int | Callable[[], int] | None = None,
@@ -69,13 +71,13 @@ def attach(
     Args:
         unet: the pipeline's current `unet`, without another IP-Adapter.
         controlnet: InstantID's; may be None for variant "none".
-        tokens: (2, m, d): those of nobody, for the unconditional half, and those of the person.
+        tokens: (2, m, d): those of nobody, for the unconditional part, and those of the person.
         control: (1, 3, H, W) in [0, 1], the drawing of the five points.
         scale: of the ControlNet's residuals, times InstantID's own 0.8.
         identity_scale: of the decoupled attention, times InstantID's own 0.8.
         landmark_scale: of the drawing's embedding.
         variant: "black" replaces the drawing by a black picture, "none" does without the ControlNet.
-        guidance: whether the UNet's batch is [unconditional ; conditional], or a function asked at every call.
+        parts: which parts of the UNet's batch are conditional, or a function asked at every call.
         every, end, num_steps: the ControlNet runs at every so many-th call of the `num_steps` that make one
             picture, and for a share `end` of them; as in FFRNet's `attach`. InstantID's own is 1 and 1.
 
@@ -84,50 +86,13 @@ def attach(
     """
     if unet.encoder_hid_proj is not None:
         raise InputError("Another IP-Adapter is loaded, and InstantID needs its place; unload_ip_adapter() first.")
-    if variant != "none" and (controlnet is None or control is None):
+    if variant == "none":
+        controlnet = None
+    elif controlnet is None or control is None:
         raise ValueError(f'variant "{variant}" needs a ControlNet and a control picture')
-    if (every > 1 or end < 1) and num_steps is None:
-        raise ValueError("the ControlNet can only rest at some steps if num_steps says how many a picture has")
     if variant == "black" and control is not None:
         control = torch.zeros_like(control)
-    calls = 0
-    kept: tuple[Tensor, ...] = ()  # residuals of the last run, of the middle block last
-
-    def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal calls, kept
-        call = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-        sample = call["sample"]
-        steps = num_steps() if callable(num_steps) else num_steps
-        step = calls % steps if steps else calls
-        calls += 1
-        halves = 2 if (guidance() if callable(guidance) else guidance) else 1
-        seen = _rows(tokens[-halves:], len(sample)).to(sample)
-        controlled = variant != "none" and (steps is None or step < end * steps)
-        if controlled and step % every == 0:
-            assert controlnet is not None and control is not None
-            dtype = controlnet.dtype
-            added = call["added_cond_kwargs"]
-            down, mid = controlnet(
-                sample[:, : controlnet.config.in_channels].to(dtype),
-                call["timestep"],
-                encoder_hidden_states=seen.to(dtype),
-                controlnet_cond=_rows(control, len(sample)).to(sample.device, dtype),
-                conditioning_scale=CONTROL_SCALE * scale,
-                added_cond_kwargs={
-                    "text_embeds": added["text_embeds"].to(dtype),
-                    "time_ids": added["time_ids"],
-                },
-                return_dict=False,
-            )
-            kept = (*down, mid)
-        if controlled:  # guidance may have ended since `kept`: the conditional half comes last
-            *down, mid = (residual[-len(sample) :].to(sample.dtype) for residual in kept)
-            call["down_block_additional_residuals"] = down
-            call["mid_block_additional_residual"] = mid
-        # the form in which the UNet hands text and image tokens to IP-Adapter's processors, one adapter's
-        call["encoder_hidden_states"] = (call["encoder_hidden_states"], [seen[:, None]])
-        return (), call
-
+    hook = _Adapted(controlnet, Cadence(every, end, num_steps), parts, tokens, control, CONTROL_SCALE * scale)
     with ExitStack() as hooks:
         own = unet.attn_processors
         hooks.callback(unet.set_attn_processor, dict(own))
@@ -135,10 +100,53 @@ def attach(
             processor.scale = [IDENTITY_SCALE * identity_scale]
         unet.set_attn_processor(own | dict(zip(cross_attentions(unet).values(), adapter.processors, strict=True)))
         if controlnet is not None and landmark_scale != 1:
-            hook = controlnet.controlnet_cond_embedding.register_forward_hook(_scaled(landmark_scale))
-            hooks.callback(hook.remove)
-        hooks.callback(unet.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+            hooks.callback(scaled_output(controlnet.controlnet_cond_embedding, landmark_scale))
+        hooks.callback(unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+@dataclass
+class _Adapted:
+    """The UNet's pre-hook of `attach`, for its arguments of the same names; without a ControlNet there are only the
+    tokens."""
+
+    controlnet: ControlNetModel | None
+    cadence: Cadence
+    parts: Parts
+    tokens: Tensor
+    control: Tensor | None
+    scale: float
+    kept: tuple[Tensor, ...] = ()  # residuals of the last run, of the middle block last
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = by_name(args, kwargs)
+        sample, turn = call["sample"], self.cadence.next()
+        own = self.tokens[[int(conditional) for conditional in asked(self.parts)]]
+        tokens = rows(own, len(sample)).to(sample)
+        if self.controlnet is not None and turn != "rest":
+            if turn == "run":
+                self.kept = self.run(self.controlnet, call, tokens)
+            # guidance may have ended since then: the conditional part comes last
+            *down, mid = (residual[-len(sample) :].to(sample.dtype) for residual in self.kept)
+            add_residuals(call, down, mid)
+        # the form in which the UNet hands text and image tokens to IP-Adapter's processors, one adapter's
+        call["encoder_hidden_states"] = (call["encoder_hidden_states"], [tokens[:, None]])
+        return (), call
+
+    def run(self, controlnet: ControlNetModel, call: dict[str, Any], tokens: Tensor) -> tuple[Tensor, ...]:
+        """The ControlNet on all parts of the batch, since it reads the text and who it is."""
+        sample, added, dtype = call["sample"], call["added_cond_kwargs"], controlnet.dtype
+        assert self.control is not None
+        down, mid = controlnet(
+            sample[:, : controlnet.config.in_channels].to(dtype),
+            call["timestep"],
+            encoder_hidden_states=tokens.to(dtype),
+            controlnet_cond=rows(self.control, len(sample)).to(sample.device, dtype),
+            conditioning_scale=self.scale,
+            added_cond_kwargs={"text_embeds": added["text_embeds"].to(dtype), "time_ids": added["time_ids"]},
+            return_dict=False,
+        )
+        return (*down, mid)
 
 
 def draw_five(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:

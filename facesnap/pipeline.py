@@ -10,33 +10,24 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSDEScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import create_repo
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from facesnap import folder, memory, templates
 from facesnap import landmarks as landmarks72
+from facesnap.attachment import alone_with, parts_of
+from facesnap.clip import face_features
 from facesnap.errors import InputError, check_number, shown
 from facesnap.faces import Face, FaceAnalyser, Recogniser, cosine
 from facesnap.ffrnet import FFRNet, Variant, attach
@@ -44,6 +35,7 @@ from facesnap.folder import (
     BASE_PARTS,
     HUB_ARGUMENTS,
     OUR_PARTS,
+    Dtypes,
     Settings,
     local_folder,
     read_base,
@@ -55,84 +47,13 @@ from facesnap.heads import Head, HeadModel
 from facesnap.images import open_image
 from facesnap.mixer import FacialAttributeMixer, MixerOutput
 from facesnap.predictor import LandmarkPredictor
-from facesnap.speed import Preset, Speed, chosen, ending_guidance, halved_images
+from facesnap.request import STOCK_ARGUMENTS, Request, frame_size, variant_of
+from facesnap.results import Expression, FaceSnapOutput, Picture, PreviewResult, Source
+from facesnap.speed import Preset, ending_guidance, halved_images
 
 MAX_REFERENCES = 4
-MAX_SIDE = 4096
-MAX_STEPS = 200
-MAX_GUIDANCE = 30.0
 MAX_TURN = 60.0  # degrees added to a pose
-STOCK_ARGUMENTS = {*inspect.signature(StableDiffusionXLPipeline.__call__).parameters, "callback", "callback_steps"}
 FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
-
-# Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
-# spacing) go over to each. All call the model once a step but the last, k-diffusion's own second-order sampler.
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "DPM++ SDE": (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "DPM++ 2M SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "UniPC": (UniPCMultistepScheduler, {}),
-    "Euler": (EulerDiscreteScheduler, {}),
-    "Euler a": (EulerAncestralDiscreteScheduler, {}),
-    "DDIM": (DDIMScheduler, {}),
-    "DPM++ SDE, stochastic": (DPMSolverSDEScheduler, {}),
-}
-
-# OpenAI's CLIP and all its kin, our own face encoder included, are trained on pictures normalised like this
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LUMA = (0.299, 0.587, 0.114)  # how much of each colour is brightness (ITU-R BT.601)
-
-Picture = str | Path | bytes | Image.Image | np.ndarray
-Expression = Literal["pose", "reference", "neutral"]
-Source = Picture | Face  # a photo, or what was read from it before
-
-
-@dataclass(frozen=True, eq=False)
-class PreviewResult:
-    """What a portrait will follow, known before it is made.
-
-    landmarks (72, 2) float32, pixels of the output frame; drawing (h, w, 3) uint8, what FFRNet sees of them;
-    reference_faces: the face used in each reference; driver_face: that of the pose photo, if there was one;
-    notes: sentences for the user; head: the reconstruction behind the landmarks, None where they were given.
-    """
-
-    landmarks: np.ndarray
-    drawing: np.ndarray
-    reference_faces: tuple[Face, ...]
-    driver_face: Face | None
-    notes: tuple[str, ...]
-    head: Head | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class FaceSnapOutput:
-    """Portraits, and all that is needed to make them again.
-
-    images: what the stock pipeline returns as its `images`. seed: of the first picture, seeds: of each one; a
-    picture made alone with its seed is the same picture (None where the caller brought a generator).
-    landmarks (72, 2) in pixels of the output and its drawing; face: that of the first reference.
-    identity_scores: cosine of each picture to the references by the scoring recogniser, None where no face
-    was found in the picture; empty without a scorer or for pictures that are not PIL images. speed: what was
-    left out for its sake.
-    """
-
-    images: Any
-    seed: int | None
-    seeds: tuple[int, ...]
-    landmarks: np.ndarray
-    drawing: np.ndarray
-    face: Face
-    reference_faces: tuple[Face, ...]
-    driver_face: Face | None
-    identity_scores: tuple[float | None, ...]
-    notes: tuple[str, ...]
-    model: str
-    scheduler: str
-    size: tuple[int, int]
-    steps: int
-    guidance: float
-    speed: Speed = Speed()
 
 
 class FaceSnapPipeline(StableDiffusionXLPipeline):
@@ -203,8 +124,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         cls,
         model: str | Path,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtypes = None,
+        torch_dtype: Dtypes = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         variant: str | None = None,
         **kwargs: Any,
@@ -213,7 +134,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
         Args:
             model: a folder written by `save_pretrained`, or a Hub id "owner/name".
-            dtype: of all torch modules; by default float32. torch_dtype: its older name.
+            dtype: of all torch modules, by default float32; or by component, with "default" for the others.
+                torch_dtype: its older name.
             providers: ONNX Runtime's, for the face pack and the scorer.
             variant: of the files to read, such as "fp16".
             kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`; of the
@@ -340,13 +262,10 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         The embeddings are raw; the features are the face encoder's penultimate hidden states. Both are
         float32 on the pipeline's device. Training reads faces through here as well.
         """
-        device = self._execution_device
+        device, crops = self._execution_device, np.stack([face.crop for face in faces])
         embeddings = torch.from_numpy(np.stack([face.embedding for face in faces])).float()
-        crops, size = np.stack([face.crop for face in faces]), self.face_encoder.config.image_size
-        pixels = face_pixels(crops, size, self.settings.saturation)
-        pixels = pixels.to(device, self.face_encoder.dtype)
-        features = self.face_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-        return embeddings[None].to(device), features[None].float()
+        features = face_features(self.face_encoder, crops, device, self.settings.saturation)
+        return embeddings[None].to(device), features[None]
 
     @torch.no_grad()
     def mix(self, faces: Sequence[Face]) -> MixerOutput:
@@ -386,7 +305,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             head_size: 0.5–2, times the pose's, about the middle of the face.
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
-        size = self._size(*(size or (None, None)))
+        size = frame_size(*(size or (None, None)), settings=self.settings, factor=self.vae_scale_factor)
         check_number("expression strength", expression_strength, 0, 2)
         check_number("head size", head_size, 0.5, 2)
         turn = {"yaw": yaw, "pitch": pitch, "roll": roll}
@@ -397,7 +316,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         for name, weight in (expressions or {}).items():
             check_number(f"expression {shown(name)!r}", weight, -1, 1)
         added = self.predictor.expression(expressions)
-        variant = variant or self.settings.variant
+        variant = variant_of(variant, self.settings)
         faces, notes = self._references(reference)
         driver_face: Face | None = None
         head: Head | None = None
@@ -472,7 +391,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        reference: Source | Sequence[Source],
+        reference: Source | Sequence[Source] | None = None,
         pose: Source | Head | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -491,8 +410,9 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         seed: int | None = None,
         score: bool = True,
         preview: PreviewResult | None = None,
+        return_dict: bool = True,
         **kwargs: Any,
-    ) -> FaceSnapOutput:
+    ) -> FaceSnapOutput | tuple[Any]:
         """Portraits of the person in `reference`.
 
         Args:
@@ -513,131 +433,136 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             seed: of the first picture, those after it count up; drawn by chance if None. A `generator` among
                 the stock arguments takes its place.
             score: whether to measure identity_scores.
-            preview: the result of `preview` for the same arguments, so that the photos are not read again. What
-                only `preview` can say (expression, turn, head size) comes this way too.
+            preview: the result of `preview`, in the place of reference, pose and expression_strength: the photos are
+                not read again, and what only `preview` can say (expression, turn, head size) comes this way too.
+            return_dict: False for the stock pipeline's tuple, with the images alone.
             kwargs: any other argument of `StableDiffusionXLPipeline.__call__`.
 
         Raises:
             InputError: an argument is out of bounds, a photo cannot be used; in words for the user.
             TypeError: an argument that nobody knows, which the stock call would pass over.
+            RuntimeError: a callback of this very UNet's call asks for another portrait. Other threads just wait.
         """
-        for name in sorted(kwargs.keys() - STOCK_ARGUMENTS):
-            elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
-            where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
-            raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}{where}")
-        if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
-            raise InputError(
-                "The model's weights are in half precision, in which a CPU is many times slower; load it with "
-                "torch_dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
-            )
-        if preview is not None and height is None and width is None:
-            height, width = preview.drawing.shape[:2]
-        height, width = self._size(height, width)
-        if preview is not None and preview.drawing.shape[:2] != (height, width):
-            made = "{} × {}".format(*preview.drawing.shape[1::-1])
-            raise InputError(f"The preview is for {made} pixels, not for {width} × {height}: make one for that size.")
-        steps = self.settings.steps if num_inference_steps is None else num_inference_steps
-        guidance = self.settings.guidance if guidance_scale is None else guidance_scale
-        check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
-        check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
-        for name, value in (
-            ("identity", identity_scale),
-            ("landmark", landmark_scale),
-            ("FFRNet", ffrnet_scale),
-        ):
-            check_number(f"{name} scale", value, 0, 2)
-        speed = chosen(preset, ffrnet_every=ffrnet_every, ffrnet_end=ffrnet_end, guidance_end=guidance_end)
-        check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
-        check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
-        check_number("end of guidance", speed.guidance_end, 0, 1)
-        prompts = _prompts(prompt, kwargs, self.settings.prompt)
-        count = kwargs.get("num_images_per_prompt", 1)
-        check_number("number of pictures for a prompt", count, 1, 64, whole=True)
-
-        variant = variant or self.settings.variant
+        self._refuse_unknown(kwargs)
+        size = self._frame_of(preview, height, width)
+        request = Request.of(
+            self.settings,
+            self.scheduler,
+            prompt,
+            size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            identity_scale=identity_scale,
+            landmark_scale=landmark_scale,
+            ffrnet_scale=ffrnet_scale,
+            variant=variant,
+            preset=preset,
+            ffrnet_every=ffrnet_every,
+            ffrnet_end=ffrnet_end,
+            guidance_end=guidance_end,
+            scheduler=scheduler,
+            seed=seed,
+            stock=kwargs,
+        )
         if preview is None:
-            preview = self.preview(
-                reference, pose, (height, width), expression_strength=expression_strength, variant=variant
-            )
-        notes = [*preview.notes, *self._cut_words(prompts)]
+            how = {"expression_strength": expression_strength, "variant": request.variant}
+            preview = self.preview(reference, pose, size, **how)  # type: ignore[arg-type]
+        else:
+            _refuse_beside(preview, reference, pose, expression_strength)
+        with alone_with(self.unet, self.ffrnet, self.mixer):
+            images = self._denoise(request, preview)
+        if not return_dict:
+            return (images,)
+        return self._output(request, preview, images, score)
+
+    def _denoise(self, request: Request, preview: PreviewResult) -> Any:
+        """The stock call with FFRNet attached; returns its `images`."""
         mixed = self.mix(preview.reference_faces)
-
-        seeds: tuple[int, ...] = ()
-        if kwargs.get("generator") is None:
-            seed = secrets.randbelow(2**31) if seed is None else seed
-            check_number("seed", seed, 0, 2**53, whole=True)
-            rows = len(prompts) if prompts else len(kwargs["prompt_embeds"])
-            seeds = tuple(range(seed, seed + rows * count))
-            # a generator a picture, on the CPU: the same picture alone or in a batch, on any device
-            kwargs["generator"] = [torch.Generator().manual_seed(s) for s in seeds]
-
-        # The stock call writes its progress into the pipeline and the scheduler. Both are copied, so that the
-        # shared pipeline never changes and a callback can set what it likes; the modules are not.
-        request = copy.copy(self)
-        request.scheduler = _scheduler(scheduler, self.scheduler, kwargs["generator"])
-        kwargs.pop("return_dict", None)
-
-        def guided() -> bool:
-            return request.do_classifier_free_guidance
-
-        starts_guided = guidance > 1 and self.unet.config.time_cond_proj_dim is None
-        ends_guidance = starts_guided and 0 < speed.guidance_end < 1
+        # The stock call writes its progress into the pipeline and the scheduler. Both are others for this call, so
+        # that the shared pipeline never changes and a callback can set what it likes; the modules are the same.
+        working = copy.copy(self)
+        working.scheduler = request.scheduler
+        starts_guided = request.guidance > 1 and self.unet.config.time_cond_proj_dim is None
+        stock, end = request.stock, request.speed.guidance_end
+        ends_guidance = starts_guided and 0 < end < 1
         if ends_guidance:
-            kwargs = ending_guidance(speed.guidance_end, kwargs)
+            stock = ending_guidance(end, stock)
         hook = self._attach(
-            request.unet,
+            working.unet,
             self.ffrnet,
             tokens=mixed.tokens,
             pooled=mixed.pooled,
             control=_control(preview.drawing).to(mixed.tokens),
-            scale=ffrnet_scale,
-            identity_scale=identity_scale,
-            landmark_scale=landmark_scale,
-            variant=variant,
-            guidance=guided,
-            every=speed.ffrnet_every,
-            end=speed.ffrnet_end,
-            num_steps=lambda: request.num_timesteps,
+            scale=request.ffrnet_scale,
+            identity_scale=request.identity_scale,
+            landmark_scale=request.landmark_scale,
+            variant=request.variant,
+            parts=lambda: parts_of(working),
+            every=request.speed.ffrnet_every,
+            end=request.speed.ffrnet_end,
+            num_steps=lambda: working.num_timesteps,
         )
         try:
             with ExitStack() as hooks:
                 hooks.enter_context(hook)
                 if ends_guidance:
-                    hooks.enter_context(halved_images(request.unet, guided))
-                images = StableDiffusionXLPipeline.__call__(
-                    request,
-                    prompts or None,
-                    height=height,
-                    width=width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance if speed.guidance_end > 0 else min(guidance, 1.0),
-                    **kwargs,
+                    hooks.enter_context(halved_images(working.unet, lambda: working.do_classifier_free_guidance))
+                return StableDiffusionXLPipeline.__call__(
+                    working,
+                    list(request.prompts) or None,
+                    height=request.size[0],
+                    width=request.size[1],
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance if end > 0 else min(request.guidance, 1.0),
+                    **stock,
                 ).images
         except BaseException:
-            request.maybe_free_model_hooks()  # the stock call does so only when it succeeds
+            working.maybe_free_model_hooks()  # the stock call does so only when it succeeds
             raise
 
+    def _output(self, request: Request, preview: PreviewResult, images: Any, score: bool) -> FaceSnapOutput:
         scores: tuple[float | None, ...] = ()
         if score and self.scorer is not None and isinstance(images[0], Image.Image):
             scores = tuple(self.identity_score(image, preview.reference_faces) for image in images)
         return FaceSnapOutput(
             images=images,
-            seed=seeds[0] if seeds else None,
-            seeds=seeds,
+            seed=request.seeds[0] if request.seeds else None,
+            seeds=request.seeds,
             landmarks=preview.landmarks,
             drawing=preview.drawing,
             face=preview.reference_faces[0],
             reference_faces=preview.reference_faces,
             driver_face=preview.driver_face,
             identity_scores=scores,
-            notes=tuple(notes),
+            notes=(*preview.notes, *self._cut_words(request.prompts)),
             model=self.settings.name,
             scheduler=type(request.scheduler).__name__,
-            size=(height, width),
-            steps=steps,
-            guidance=guidance,
-            speed=speed,
+            size=request.size,
+            steps=request.steps,
+            guidance=request.guidance,
+            speed=request.speed,
         )
+
+    def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
+        for name in sorted(arguments.keys() - STOCK_ARGUMENTS):
+            elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
+            where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}{where}")
+        if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
+            raise InputError(
+                "The model's weights are in half precision, in which a CPU is many times slower; load it with "
+                "dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
+            )
+
+    def _frame_of(self, preview: PreviewResult | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) of the portrait; that of its preview, where there is one."""
+        if preview is not None and height is None and width is None:
+            height, width = preview.drawing.shape[:2]
+        height, width = frame_size(height, width, self.settings, self.vae_scale_factor)
+        if preview is not None and preview.drawing.shape[:2] != (height, width):
+            made = "{} × {}".format(*preview.drawing.shape[1::-1])
+            raise InputError(f"The preview is for {made} pixels, not for {width} × {height}: make one for that size.")
+        return height, width
 
     @contextmanager
     def attached_to(
@@ -659,20 +584,27 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             reference, pose, size: as in `preview`; `size` is that of the picture that `pipeline` makes.
             options: of `facesnap.ffrnet.attach`, such as identity_scale or variant.
         """
-        variant = options.setdefault("variant", self.settings.variant)
+        variant = options["variant"] = variant_of(options.get("variant"), self.settings)
         preview = self.preview(reference, pose, size, variant=variant)
-        mixed = self.mix(preview.reference_faces)
-        with attach(
-            pipeline.unet,
-            self.ffrnet,
-            tokens=mixed.tokens,
-            pooled=mixed.pooled,
-            control=_control(preview.drawing).to(mixed.tokens),
-            guidance=lambda: pipeline.do_classifier_free_guidance,
-            num_steps=lambda: pipeline.num_timesteps,
-            **options,
-        ):
-            yield preview
+        unet = pipeline.unet
+        own = dict(unet.attn_processors)
+        with alone_with(unet, self.ffrnet, self.mixer):
+            mixed = self.mix(preview.reference_faces)
+            with self._attach(
+                unet,
+                self.ffrnet,
+                tokens=mixed.tokens,
+                pooled=mixed.pooled,
+                control=_control(preview.drawing).to(mixed.tokens),
+                parts=lambda: parts_of(pipeline),
+                num_steps=lambda: pipeline.num_timesteps,
+                **options,
+            ):
+                try:
+                    yield preview
+                except BaseException:
+                    unet.set_attn_processor(own)  # a PAG pipeline takes its own out only when it succeeds
+                    raise
 
     def compile(self, **options: Any) -> None:
         """UNet and FFRNet through torch.compile, block by block; never done unless asked for.
@@ -703,19 +635,6 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         # the crop is enough for 112 pixels of face, and a `Face` need not come with its picture
         return self.scorer.embed(face.crop, in_crop(face.keypoints, face.box))
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width), defaults filled in; InputError unless the VAE can make it."""
-        factor = self.vae_scale_factor
-        sides = {"height": height, "width": width}
-        for name, side in sides.items():
-            side = sides[name] = self.settings.size if side is None else side
-            check_number(name, side, factor, MAX_SIDE, whole=True)
-            if side % factor:
-                below = side // factor * factor
-                nearest = f"{below} and {below + factor}"
-                raise InputError(f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}.")
-        return int(sides["height"]), int(sides["width"])  # type: ignore[arg-type]
-
     def _cut_words(self, prompts: Sequence[str]) -> list[str]:
         """A note for every prompt longer than the text encoders read."""
         notes = []
@@ -730,19 +649,6 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
 
 # ---------------------------------------------------------------------- pictures and arguments
-
-
-def face_pixels(crops: np.ndarray | Tensor, size: int, saturation: float = 1.0) -> Tensor:
-    """Face crops (N, H, W, 3) uint8 → the face encoder's input (N, 3, size, size), normalised as CLIP's; `saturation`
-    below 1 makes them paler, 0 gray."""
-    pixels = torch.as_tensor(crops).permute(0, 3, 1, 2).float() / 255
-    if saturation != 1:
-        gray = (pixels * pixels.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        pixels = (gray + saturation * (pixels - gray)).clamp(0, 1)
-    if pixels.shape[-1] != size:
-        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
 
 
 def _control(drawing: np.ndarray) -> Tensor:
@@ -774,26 +680,13 @@ def _face_notes(face: Face, role: str) -> list[str]:
     return notes
 
 
-def _prompts(prompt: Any, kwargs: dict[str, Any], default: str) -> list[str]:
-    """The prompts as a list, `default` for those without a word; empty where ready embeddings take their place."""
-    if prompt is None and kwargs.get("prompt_embeds") is not None:
-        return []
-    prompts = prompt if isinstance(prompt, list) else ["" if prompt is None else prompt]
-    if not prompts or not all(isinstance(p, str) for p in prompts):
-        raise InputError("The prompt must be text, or a list of texts.")
-    return [p if p.strip() else default for p in prompts]
-
-
-def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
-    """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
-    if name is None:
-        made = copy.deepcopy(own)
-    elif name in SCHEDULERS:
-        kind, options = SCHEDULERS[name]
-        made = kind.from_config(own.config, **options)
-    else:
-        raise InputError(f"There is no sampler {name!r}; choose {', '.join(SCHEDULERS)}.")
-    if isinstance(made, DPMSolverSDEScheduler):  # draws its noise from a seed of its own, by default a random one
-        several = isinstance(generator, list)
-        made.noise_sampler_seed = [g.initial_seed() for g in generator] if several else generator.initial_seed()
-    return made
+def _refuse_beside(preview: PreviewResult, reference: Any, pose: Any, expression_strength: float) -> None:
+    """InputError where the call says again what its preview has settled; its own faces are no contradiction."""
+    said = {
+        "reference": reference is not None and reference is not preview.reference_faces,
+        "pose": pose is not None,
+        "expression_strength": expression_strength != 1,
+    }
+    if any(said.values()):
+        names = ", ".join(name for name, given in said.items() if given)
+        raise InputError(f"The preview says whose face it is and how it is held: leave out {names}, or the preview.")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import POOLED_DIM, TOKEN_DIM, tiny_ffrnet, tiny_unet
 
+from facesnap.attachment import GUIDED, UNGUIDED
 from facesnap.ffrnet import FFRNet, attach
 
 
@@ -77,7 +78,7 @@ def test_guidance_leaves_ffrnet_out_of_the_unconditional_half(unet, ffrnet, monk
     passes = []
     ffrnet.register_forward_pre_hook(lambda m, args: passes.append(len(args[0])))
     args, kwargs = call(2, halves=2)
-    plain, told = run(unet, ffrnet, (args, kwargs), guidance=True, **face(2)).chunk(2)
+    plain, told = run(unet, ffrnet, (args, kwargs), parts=GUIDED, **face(2)).chunk(2)
     assert passes == [2]
     ffrnet._forward_pre_hooks.clear()
 
@@ -91,7 +92,7 @@ def test_guidance_leaves_ffrnet_out_of_the_unconditional_half(unet, ffrnet, monk
 
 
 def test_guidance_of_one_is_the_conditional_prediction(unet, ffrnet):
-    plain, told = run(unet, ffrnet, call(halves=2), guidance=True, **face()).chunk(2)
+    plain, told = run(unet, ffrnet, call(halves=2), parts=GUIDED, **face()).chunk(2)
     args, kwargs = call(halves=2)
     added = {name: x[1:] for name, x in kwargs["added_cond_kwargs"].items()}
     single = {"encoder_hidden_states": kwargs["encoder_hidden_states"][1:], "added_cond_kwargs": added}
@@ -100,8 +101,8 @@ def test_guidance_of_one_is_the_conditional_prediction(unet, ffrnet):
 
 
 def test_guidance_is_asked_at_every_call(unet, ffrnet):
-    answers = [True, False]
-    with attach(unet, ffrnet, guidance=lambda: answers.pop(0), **face()):
+    answers = [GUIDED, UNGUIDED]
+    with attach(unet, ffrnet, parts=lambda: answers.pop(0), **face()):
         first = unet(*call(halves=2)[0], **call(halves=2)[1]).sample
         second = unet(*call()[0], **call()[1]).sample
     assert len(first) == 2 and len(second) == 1 and not answers
@@ -199,7 +200,7 @@ def test_variant_none_appends_the_tokens_to_the_text(unet):
     args, kwargs = call(halves=2)
     text = torch.cat([kwargs["encoder_hidden_states"], tokens.repeat(2, 1, 1)], dim=1)
     expected = bare(unet, (args, kwargs | {"encoder_hidden_states": text}))
-    got = run(unet, None, (args, kwargs), tokens=tokens, variant="none", guidance=True)
+    got = run(unet, None, (args, kwargs), tokens=tokens, variant="none", parts=GUIDED)
     assert torch.equal(got, expected)
 
 

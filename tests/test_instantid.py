@@ -12,6 +12,7 @@ from tiny import SIZE, photo, tiny_unet
 from tiny_instantid import HEADS, TOKENS, adapter_state, tiny_instantid
 from torch.nn import functional as F
 
+from facesnap.attachment import GUIDED
 from facesnap.errors import InputError
 from facesnap.face_adapter import FaceAdapter
 from facesnap.instantid import InstantIDPipeline, attach, draw_five
@@ -232,7 +233,7 @@ def test_controlnet_can_rest_at_some_steps(instantid, rest, runs):
     call = {"encoder_hidden_states": torch.ones(2, 3, 32), "added_cond_kwargs": added}
     latent, count, outputs = torch.ones(2, 4, 8, 8), [], []
     handle = instantid.ffrnet.register_forward_hook(lambda *args: count.append(1))
-    conditions = {"tokens": tokens, "control": torch.ones(1, 3, 64, 64), "guidance": True, "num_steps": 4}
+    conditions = {"tokens": tokens, "control": torch.ones(1, 3, 64, 64), "parts": GUIDED, "num_steps": 4}
     with torch.no_grad(), attach(instantid.unet, instantid.ffrnet, instantid.mixer, **conditions, **rest):
         for t in (900, 600, 300, 0):
             outputs.append(instantid.unet(latent, t, **call).sample)

@@ -17,10 +17,12 @@ from diffusers import (
 from PIL import Image
 from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
+from facesnap.attachment import parts_of
 from facesnap.errors import InputError
 from facesnap.ffrnet import attach
 from facesnap.folder import BASE_PARTS
-from facesnap.pipeline import SCHEDULERS, FaceSnapPipeline
+from facesnap.pipeline import FaceSnapPipeline
+from facesnap.request import SCHEDULERS
 
 ALICE, BOB = photo(1), photo(2)
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -134,7 +136,7 @@ def test_preview_shows_what_the_portrait_will_follow(pipe):
     out = portrait(pipe, pose=photo(2))
     assert np.array_equal(preview.landmarks, out.landmarks)
     assert np.array_equal(preview.drawing, out.drawing)
-    assert np.array_equal(pixels(out), pixels(portrait(pipe, preview=preview)))
+    assert np.array_equal(pixels(out), pixels(portrait(pipe, reference=None, preview=preview)))
 
 
 def test_without_a_pose_the_references_own(pipe):
@@ -217,9 +219,9 @@ def test_what_the_user_should_know_of_a_photo(pipe):
 
 def test_a_preview_brings_its_size_and_no_other(pipe):
     preview = pipe.preview(ALICE, "front", (48, 80))
-    assert portrait(pipe, preview=preview).images[0].size == (80, 48)
+    assert portrait(pipe, reference=None, preview=preview).images[0].size == (80, 48)
     with pytest.raises(InputError, match="The preview is for 80 × 48 pixels, not for 64 × 64"):
-        portrait(pipe, preview=preview, height=64, width=64)
+        portrait(pipe, reference=None, preview=preview, height=64, width=64)
 
 
 def test_references_are_one_set_of_which_every_photo_counts(pipe):
@@ -478,7 +480,7 @@ def test_stock_pipelines_follow_an_attached_ffrnet(kind, channels):
             return np.asarray(stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0])
 
     plain = run()
-    with attach(unet, ours.ffrnet, guidance=lambda: stock.do_classifier_free_guidance, **conditions(ours)):
+    with attach(unet, ours.ffrnet, parts=lambda: parts_of(stock), **conditions(ours)):
         followed = run()
     assert not np.array_equal(plain, followed)
     assert np.array_equal(plain, run())

@@ -12,6 +12,7 @@ from test_evaluation import ledger_of
 from test_ffrnet import call, face
 from tiny import photo, tiny_ffrnet, tiny_pipeline, tiny_unet
 
+from facesnap.attachment import GUIDED
 from facesnap.errors import InputError
 from facesnap.evaluation import speed
 from facesnap.evaluation.__main__ import parse
@@ -80,7 +81,7 @@ def test_every_step_equals_one_by_hand_bit_for_bit(unet, ffrnet):
     steps = [call(seed=s, halves=2) for s in range(3)]
     with torch.no_grad():
         expected = [by_hand(unet, ffrnet, step, face()) for step in steps]
-        with attach(unet, ffrnet, guidance=True, **face()):
+        with attach(unet, ffrnet, parts=GUIDED, **face()):
             got = [unet(*args, **kwargs, return_dict=False)[0] for args, kwargs in steps]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

@@ -19,10 +19,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPVisionModel
 
+from facesnap.clip import face_pixels
 from facesnap.errors import InputError, reading
 from facesnap.evaluation import report
 from facesnap.evaluation.inception import InceptionV3, read_weights
-from facesnap.pipeline import face_pixels
 
 SUBSET, SUBSETS = 1000, 100  # of KID, as in its paper; half of the pictures where there are fewer
 

@@ -150,7 +150,7 @@ def portraits_sheet(model: Path, analyser: FaceAnalyser, arguments: argparse.Nam
         drawn = landmarks.draw(landmarks.from_68(face.landmarks[:, :2]), photo.shape[:2])
         over = np.where(drawn.any(axis=-1, keepdims=True), drawn, photo)
         as_there, front = (
-            pipe(PROMPT, reference=path, preview=preview, seed=arguments.seed, score=False)
+            pipe(PROMPT, preview=preview, seed=arguments.seed, score=False)
             for preview in (pipe.preview(path), pipe.preview(path, "front", expression="reference"))
         )
         shown.append([photo, over, as_there.drawing, *(np.asarray(made.images[0]) for made in (as_there, front))])

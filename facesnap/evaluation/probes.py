@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 
+from facesnap.clip import face_pixels
 from facesnap.errors import InputError
 from facesnap.evaluation import metrics, protocol, report
 from facesnap.faces import FaceAnalyser
 from facesnap.folder import read_settings
 from facesnap.images import open_image
-from facesnap.pipeline import face_pixels
 from facesnap.synthetic.people import EVALUATION_PEOPLE, sample_person, sample_picture
 
 ASKED = ("eyes", "hair", "beard")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 
+from facesnap.clip import face_pixels
 from facesnap.faces import Recogniser
 from facesnap.mini import augment as views
 from facesnap.mini.nets.face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import face_pixels
 from facesnap.synthetic.dataset import People, draw_references
 from facesnap.training.trainer import Batch, Stage
 

@@ -24,10 +24,12 @@ from insightface.utils.face_align import arcface_dst
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from facesnap.attachment import parts_of
+from facesnap.clip import face_pixels
 from facesnap.errors import InputError
 from facesnap.evaluation.metrics import cosines, retention
 from facesnap.ffrnet import attach
-from facesnap.pipeline import FaceSnapPipeline, face_pixels
+from facesnap.pipeline import FaceSnapPipeline
 from facesnap.training.identity import IdentityConfig, IdentityLoss, batch_part, unscale
 from facesnap.training.losses import (
     add_noise,
@@ -329,7 +331,7 @@ class PortraitStage(Stage):
             alone = Conditions(**{key: value[row : row + 1] for key, value in vars(given).items()})
             with attach(
                 pipe.unet, pipe.ffrnet, tokens=alone.tokens, pooled=alone.pooled_face, control=alone.control,
-                variant=self.variant, guidance=lambda: stock.do_classifier_free_guidance,
+                variant=self.variant, parts=lambda: parts_of(stock),
             ):  # fmt: skip
                 latents = stock(
                     caption, height=height, width=width, num_inference_steps=pipe.settings.steps,

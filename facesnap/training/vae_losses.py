@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import CLIPVisionModel
 
-from facesnap.pipeline import CLIP_MEAN, CLIP_STD
+from facesnap.clip import CLIP_MEAN, CLIP_STD
 from facesnap.training.identity import crop_faces, crop_to_picture
 
 

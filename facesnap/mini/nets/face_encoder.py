@@ -24,12 +24,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from facesnap.clip import face_pixels
 from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around
 from facesnap.geometry import square_crop, warp
 from facesnap.mini import augment as views
 from facesnap.mini.nets.tokenizer import token_ids
-from facesnap.pipeline import face_pixels
 from facesnap.synthetic.dataset import People
 from facesnap.training.trainer import Batch, Stage
 

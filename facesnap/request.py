@@ -1,0 +1,180 @@
+"""What one call asks for: its limits, samplers and seeds, checked and filled in with what the checkpoint wants."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+
+from facesnap.errors import InputError, check_number, did_you_mean
+from facesnap.ffrnet import VARIANTS, Variant
+from facesnap.folder import Settings
+from facesnap.speed import Preset, Speed, chosen
+
+MAX_SIDE = 4096
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+MAX_PICTURES = 64  # of one prompt
+STOCK_ARGUMENTS = {*inspect.signature(StableDiffusionXLPipeline.__call__).parameters, "callback", "callback_steps"}
+
+# Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
+# spacing) go over to each. All call the model once a step but the last, k-diffusion's own second-order sampler.
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DPM++ SDE": (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "DPM++ 2M SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler a": (EulerAncestralDiscreteScheduler, {}),
+    "DDIM": (DDIMScheduler, {}),
+    "DPM++ SDE, stochastic": (DPMSolverSDEScheduler, {}),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call, whole and within its limits.
+
+    prompts: empty where ready embeddings take their place. size: (height, width) in pixels. seeds: one a picture,
+    empty where the caller brought a generator. scheduler: for this call alone. stock: arguments of the stock call
+    that are not ours, the generators among them.
+    """
+
+    prompts: tuple[str, ...]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    variant: Variant
+    identity_scale: float
+    landmark_scale: float
+    ffrnet_scale: float
+    speed: Speed
+    seeds: tuple[int, ...]
+    scheduler: Any
+    stock: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        own_scheduler: Any,
+        prompt: Any,
+        size: tuple[int, int],
+        *,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        identity_scale: float,
+        landmark_scale: float,
+        ffrnet_scale: float,
+        variant: Variant | None,
+        preset: Preset | None,
+        ffrnet_every: int | None,
+        ffrnet_end: float | None,
+        guidance_end: float | None,
+        scheduler: str | None,
+        seed: int | None,
+        stock: dict[str, Any],
+    ) -> Request:
+        """The arguments of `FaceSnapPipeline.__call__`, checked; InputError names the first that is wrong."""
+        steps = settings.steps if num_inference_steps is None else num_inference_steps
+        guidance = settings.guidance if guidance_scale is None else guidance_scale
+        check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
+        check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
+        check_number("identity scale", identity_scale, 0, 2)
+        check_number("landmark scale", landmark_scale, 0, 2)
+        check_number("FFRNet scale", ffrnet_scale, 0, 2)
+        speed = chosen(preset, ffrnet_every=ffrnet_every, ffrnet_end=ffrnet_end, guidance_end=guidance_end)
+        check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
+        check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
+        check_number("end of guidance", speed.guidance_end, 0, 1)
+        own_steps = next((given for name in ("timesteps", "sigmas") if (given := stock.get(name)) is not None), None)
+        prompts = _prompts(prompt, stock, settings.prompt)
+        seeds, generator = _seeds(seed, len(prompts), stock)
+        return cls(
+            prompts=prompts,
+            size=size,
+            steps=steps if own_steps is None else len(own_steps),
+            guidance=guidance,
+            variant=variant_of(variant, settings),
+            identity_scale=identity_scale,
+            landmark_scale=landmark_scale,
+            ffrnet_scale=ffrnet_scale,
+            speed=speed,
+            seeds=seeds,
+            scheduler=_scheduler(scheduler, own_scheduler, generator),
+            stock=stock | {"generator": generator},
+        )
+
+
+def variant_of(variant: Variant | None, settings: Settings) -> Variant:
+    """A row of Table 3, the checkpoint's own by default."""
+    if variant is not None and variant not in VARIANTS:
+        raise InputError(f"There is no variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
+    return variant or settings.variant
+
+
+def frame_size(height: int | None, width: int | None, settings: Settings, factor: int) -> tuple[int, int]:
+    """(height, width), the checkpoint's where None; InputError unless they are multiples of the VAE's factor."""
+    sides = []
+    for name, given in (("height", height), ("width", width)):
+        side = settings.size if given is None else given
+        check_number(name, side, factor, MAX_SIDE, whole=True)
+        if side % factor:
+            below = side // factor * factor
+            nearest = f"{below} and {below + factor}"
+            raise InputError(f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}.")
+        sides.append(int(side))
+    return sides[0], sides[1]
+
+
+def _prompts(prompt: Any, stock: dict[str, Any], default: str) -> tuple[str, ...]:
+    """The prompts, `default` for those without a word; none where ready embeddings take their place."""
+    if prompt is None and stock.get("prompt_embeds") is not None:
+        return ()
+    prompts = prompt if isinstance(prompt, list) else ["" if prompt is None else prompt]
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError("The prompt must be text, or a list of texts.")
+    return tuple(p if p.strip() else default for p in prompts)
+
+
+def _seeds(seed: int | None, prompts: int, stock: dict[str, Any]) -> tuple[tuple[int, ...], Any]:
+    """The seed of every picture, counting up, and their generators: the caller's own, or one a picture on the CPU, so
+    that it is the same alone or in a batch and on any device."""
+    count = stock.get("num_images_per_prompt", 1)
+    check_number("number of pictures for a prompt", count, 1, MAX_PICTURES, whole=True)
+    if stock.get("generator") is not None:
+        return (), stock["generator"]
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    check_number("seed", seed, 0, 2**53, whole=True)
+    pictures = (prompts or len(stock["prompt_embeds"])) * count
+    seeds = tuple(range(seed, seed + pictures))
+    return seeds, [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
+    """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
+    if name is None:
+        made = copy.deepcopy(own)
+    elif name in SCHEDULERS:
+        kind, options = SCHEDULERS[name]
+        made = kind.from_config(own.config, **options)
+    else:
+        raise InputError(f"There is no sampler {name!r}; choose {', '.join(SCHEDULERS)}.")
+    if isinstance(made, DPMSolverSDEScheduler):  # draws its noise from a seed of its own, by default a random one
+        alone = isinstance(generator, torch.Generator)
+        made.noise_sampler_seed = generator.initial_seed() if alone else [g.initial_seed() for g in generator]
+    return made

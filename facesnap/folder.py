@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -56,7 +56,9 @@ KINDS: dict[str, dict[str, Any]] = {  # the kinds of checkpoint, and the classes
 }
 WEIGHTS = ("mixer", "ffrnet", "face_encoder")
 OUR_PARTS = (*WEIGHTS, "face_analyser", "head_model", "scorer")
-Dtypes = torch.dtype | dict[str, torch.dtype] | None  # of all parts, float32 where None; or by part, "default"
+Dtypes: TypeAlias = (
+    torch.dtype | dict[str, torch.dtype] | None
+)  # of all parts, float32 where None; or by part, "default"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 

@@ -305,7 +305,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             head_size: 0.5–2, times the pose's, about the middle of the face.
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
-        size = frame_size(*(size or (None, None)), settings=self.settings, factor=self.vae_scale_factor)
+        size = frame_size(size or (None, None), self.settings, self.vae_scale_factor)
         check_number("expression strength", expression_strength, 0, 2)
         check_number("head size", head_size, 0.5, 2)
         turn = {"yaw": yaw, "pitch": pitch, "roll": roll}
@@ -558,7 +558,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         """(height, width) of the portrait; that of its preview, where there is one."""
         if preview is not None and height is None and width is None:
             height, width = preview.drawing.shape[:2]
-        height, width = frame_size(height, width, self.settings, self.vae_scale_factor)
+        height, width = frame_size((height, width), self.settings, self.vae_scale_factor)
         if preview is not None and preview.drawing.shape[:2] != (height, width):
             made = "{} × {}".format(*preview.drawing.shape[1::-1])
             raise InputError(f"The preview is for {made} pixels, not for {width} × {height}: make one for that size.")

@@ -127,10 +127,10 @@ def variant_of(variant: Variant | None, settings: Settings) -> Variant:
     return variant or settings.variant
 
 
-def frame_size(height: int | None, width: int | None, settings: Settings, factor: int) -> tuple[int, int]:
+def frame_size(size: tuple[int | None, int | None], settings: Settings, factor: int) -> tuple[int, int]:
     """(height, width), the checkpoint's where None; InputError unless they are multiples of the VAE's factor."""
     sides = []
-    for name, given in (("height", height), ("width", width)):
+    for name, given in zip(("height", "width"), size, strict=True):
         side = settings.size if given is None else given
         check_number(name, side, factor, MAX_SIDE, whole=True)
         if side % factor:

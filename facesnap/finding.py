@@ -22,7 +22,8 @@ WEAKEST = 0.8  # of the best score in the picture, where nothing but scores is a
 NESTED = 0.6  # of the smaller of two boxes: what covers so much of it is the same face
 MOVES = ((0.08, 0.08, 1.1), (-0.08, -0.08, 0.9))  # of a box, in its sides: right, down, and times as large
 PER_MOVEMENT = 5.0  # what a movement of one box takes from a score
-LEAST_QUALITY = 0.5  # of a face: score − 5 × movement; measured, with the next two, in docs/evaluation.md
+LEAST_QUALITY = 0.5  # of a face: score − 5 × movement; the measurements are in docs/evaluation.md
+LEAST_LATE = 0.6  # the same where the picture was turned, or the first search in vain: each more is a chance to err
 SURE = 0.016  # movement, in boxes, of a face that is certainly upright
 HOPELESS = 0.15  # movement at the first move, after which the second is not asked
 MOST_ROLL = 45.0  # degrees: a head tilted further is upright in another quarter turn
@@ -75,9 +76,8 @@ class Candidate:
         across = (self.landmarks[42:48] - self.landmarks[36:42]).mean(axis=0)
         return float(np.degrees(np.arctan2(-across[1], across[0])))
 
-    @property
-    def is_face(self) -> bool:
-        return self.quality >= LEAST_QUALITY and abs(self.roll) <= MOST_ROLL
+    def is_face(self, least: float) -> bool:
+        return self.quality >= least and abs(self.roll) <= MOST_ROLL
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Finder:
         Where the first search is not sure, the three other quarter turns are searched in the same way and the best
         is taken; only then come the slower ways to find a face, in the picture as it stands."""
         attempts = self._attempts(bgr)
-        first = self._judged(bgr, next(attempts))
+        first = self._judged(bgr, next(attempts), LEAST_QUALITY)
         if first.is_sure:
             return first
         with hard or nullcontext():
@@ -146,17 +146,17 @@ class Finder:
         """(68, 3), iBUG-68, z towards the camera, all in pixels."""
         return np.asarray(self.landmark_net.get(bgr, InsightFace(bbox=box, det_score=0.0)), np.float32)
 
-    def _judged(self, bgr: np.ndarray, found: Found) -> Sight:
+    def _judged(self, bgr: np.ndarray, found: Found, least: float = LEAST_LATE) -> Sight:
         sides = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1, initial=0)
         order = np.argsort(-sides, kind="stable")
         seen = [self._candidate(bgr, found.boxes[i], float(found.scores[i]), found.by) for i in order[:MOST_JUDGED]]
-        faces = [candidate for candidate in seen if candidate.is_face]
+        faces = [candidate for candidate in seen if candidate.is_face(least)]
         kept = distinct(np.array([f.box for f in faces]).reshape(-1, 4), np.array([f.quality for f in faces]))
         faces = sorted((faces[i] for i in kept), key=lambda face: -face.side)
         count = len(faces)
         if faces and len(found.boxes) > MOST_JUDGED:
             count = max(count, len(distinct(found.boxes, found.scores)))
-        return Sight(tuple(faces), tuple(c for c in seen if not c.is_face), count)
+        return Sight(tuple(faces), tuple(c for c in seen if not c.is_face(least)), count)
 
     def _candidate(self, bgr: np.ndarray, box: np.ndarray, score: float, by: str) -> Candidate:
         landmarks = self.landmarks(bgr, box)

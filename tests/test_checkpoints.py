@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,8 @@ def made(tmp_path_factory):
     write_base(root / "base", pipe)
     write_instantid(root / "instantid", pipe.unet)
     write_clip(root / "clip", pipe.face_encoder)
+    (root / "scorer").mkdir()
+    shutil.copyfile(MINI / "scorer" / "recogniser.onnx", root / "scorer" / "glintr100.onnx")
     for name in ("mixer", "ffrnet"):
         getattr(pipe, name).save_pretrained(root / "slim" / name)
     settings = {"name": "slim", "size": 64, "steps": 2, "guidance": 2.0}
@@ -109,8 +112,10 @@ def full_hub(hub, made, pack):
     """All that instantid needs but its head, which the tests give."""
     for source, folder in (
         (sources.DREAMSHAPER, "base"),
+        (sources.SDXL, "base"),
         (sources.INSTANTID, "instantid"),
         (sources.CLIP, "clip"),
+        (sources.SCORER, "scorer"),
     ):
         put(hub, source.repo, source.revision, made / folder)
     return hub
@@ -601,13 +606,30 @@ def test_an_untrained_facesnap_changes_nothing_of_its_base(full_hub, made, tmp_p
     assert torch.equal(ours, stock("a photo", generator=torch.Generator().manual_seed(3), **how).images)
 
 
-def test_a_known_base_brings_its_sampler(full_hub, pack, tmp_path):
-    pipe = checkpoints.init(tmp_path / "start", head=HEAD)
-    assert (pipe.settings.steps, pipe.settings.guidance) == (8, 2.0)
+def test_a_start_is_on_sdxl_base_and_its_portraits_on_any(full_hub, pack, tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe = checkpoints.init(tmp_path / "start", head=HEAD)
+    assert pipe.settings.about["start"]["base"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert (pipe.settings.steps, pipe.settings.guidance) == (30, 5.0)
+    assert (tmp_path / "start" / "scorer" / "recogniser.onnx").is_file()  # AuraFace's
+    assert verify.check(tmp_path / "start").problems == ()
+    made_with = checkpoints.load(tmp_path / "start", base=checkpoints.TURBO, device="cpu")
+    assert (made_with.settings.steps, made_with.settings.guidance) == (8, 2.0)
+    assert type(made_with.scheduler) is DPMSolverSinglestepScheduler
+    monkeypatch.setenv("FACESNAP_MODEL", str(tmp_path / "start"))
+    monkeypatch.setenv("FACESNAP_BASE", checkpoints.TURBO)
+    assert checkpoints.load(device="cpu").settings.steps == 8
+
+
+def test_a_distilled_base_is_warned_of_and_brings_its_sampler(full_hub, pack, tmp_path):
+    with pytest.warns(UserWarning, match="dreamshaper-xl-v2-turbo is a distilled base.*Train on stabilityai"):
+        pipe = checkpoints.init(tmp_path / "start", base=checkpoints.TURBO, head=HEAD)
+    assert (pipe.settings.steps, pipe.settings.guidance) == (8, 2.0) and pipe.settings.about["start"]["distilled"]
     assert type(FaceSnapPipeline.from_pretrained(tmp_path / "start").scheduler) is DPMSolverSinglestepScheduler
-    again, other = (
-        checkpoints.init(tmp_path / str(seed), head=HEAD, seed=seed).mixer.queries for seed in (0, 1)
-    )  # fmt: skip
+    assert sources.is_distilled("models/sdxl_LCM.safetensors") and not sources.is_distilled("mini")
+    more = {"base": checkpoints.TURBO, "head": HEAD}
+    again, other = (checkpoints.init(tmp_path / str(seed), seed=seed, **more).mixer.queries for seed in (0, 1))
     assert torch.equal(pipe.mixer.queries, again) and not torch.equal(again, other)
 
 
@@ -694,5 +716,5 @@ def test_what_cannot_be_a_start_is_refused(full_hub, pack, made, tmp_path, monke
 
 
 def test_a_start_is_not_fetched_unasked(hub, tmp_path, online):
-    with pytest.raises(InputError, match="'FaceSnap on Lykon/dreamshaper-xl-v2-turbo' needs .* GB .*give --yes"):
+    with pytest.raises(InputError, match="'FaceSnap on .*/stable-diffusion-xl-base-1.0' needs .* GB .*give --yes"):
         checkpoints.init(tmp_path / "start")

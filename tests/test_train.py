@@ -95,8 +95,8 @@ def in_processes(start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     options = {"steps": 2, "clip": 0.05, **with_identity(start)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("facesnap.pipeline.FaceAnalyser", tiny.TinyAnalyser)
-        patch.setattr("facesnap.pipeline.Recogniser", tiny.TinyScorer)
+        patch.setattr("facesnap.folder.FaceAnalyser", tiny.TinyAnalyser)
+        patch.setattr("facesnap.folder.Recogniser", tiny.TinyScorer)
         train_in_processes.steps(words(start, folder / "one", **options), 4, folder / "one.safetensors")
     told = {
         "overrides": words(start, folder / "two", **options),

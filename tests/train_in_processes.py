@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import TinyAnalyser, TinyScorer
 from tiny_batches import stream
 
-import facesnap.pipeline
+import facesnap.folder
 from facesnap.training.train import export, make_stage, read_config, record
 from facesnap.training.trainer import Trainer, keep_inputs, make_accelerator
 
@@ -17,6 +17,7 @@ from facesnap.training.trainer import Trainer, keep_inputs, make_accelerator
 def shard(accelerator) -> None:
     """FSDP of CPU processes, which accelerate's command line has for GPUs only, as configs/accelerate-fsdp.yaml."""
     from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     classes = "BasicTransformerBlock,ResnetBlock2D,DecoderLayer".split(",")
@@ -26,9 +27,9 @@ def shard(accelerator) -> None:
         cpu_ram_efficient_loading=False, use_orig_params=True,
     )  # fmt: skip
     keep_inputs(plugin)
-    accelerator.state._shared_state |= {
-        "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "device": torch.device("cpu"),
-    }  # fmt: skip
+    told = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "device": torch.device("cpu")}
+    for state in (PartialState, AcceleratorState):  # the latter is made of the former whenever it is asked for
+        state._shared_state.update(told)
 
 
 def steps_in_pieces(overrides: list[str], count: int) -> None:
@@ -76,7 +77,7 @@ def spoil(trainer: Trainer, count: int) -> None:
 
 
 if __name__ == "__main__":
-    facesnap.pipeline.FaceAnalyser, facesnap.pipeline.Recogniser = TinyAnalyser, TinyScorer
+    facesnap.folder.FaceAnalyser, facesnap.folder.Recogniser = TinyAnalyser, TinyScorer
     torch.set_num_threads(1)
     words = json.loads(sys.argv[1])
     trained = steps(words["overrides"], words["count"], Path(words["gradients"]))

@@ -22,7 +22,8 @@ The weights lie on a base model: any SDXL in diffusers' folders, on the Hub or i
 
 from facesnap.checkpoints.loading import load
 from facesnap.checkpoints.plans import fetch, plan, show
+from facesnap.checkpoints.sources import TURBO
 from facesnap.checkpoints.start import init
 from facesnap.checkpoints.verify import check
 
-__all__ = ["check", "fetch", "init", "load", "plan", "show"]
+__all__ = ["TURBO", "check", "fetch", "init", "load", "plan", "show"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from facesnap.checkpoints.plans import fetch, plan, show
-from facesnap.checkpoints.sources import DEFAULT_BASE
+from facesnap.checkpoints.sources import START_BASE
 from facesnap.checkpoints.start import init
 from facesnap.checkpoints.verify import check, table
 from facesnap.errors import InputError
@@ -28,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sub.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("check", help="verify a checkpoint folder").add_argument("folder", type=Path)
     sub = commands.add_parser("init", help="write an untrained FaceSnap for a base model")
-    sub.add_argument("--base", help=f"the SDXL to stand on: a folder, a safetensors file or a Hub id ({DEFAULT_BASE})")
+    sub.add_argument("--base", help=f"the SDXL to stand on: a folder, a safetensors file or a Hub id ({START_BASE})")
     begins = "what FFRNet begins as: the UNet's encoder, InstantID's ControlNet, or a folder's (%(default)s)"
     sub.add_argument("--ffrnet", default="unet", metavar="unet|instantid|PATH", help=begins)
     sub.add_argument("--mixer", default="full", choices=MIXERS, help="the row of Table 2 (%(default)s)")
     sub.add_argument("--variant", default="predicted", choices=VARIANTS, help="the row of Table 3 (%(default)s)")
     sub.add_argument("--face-pack", help="a folder to use instead of antelopev2")
     sub.add_argument("--head", help="a folder to use instead of GNM v3")
+    sub.add_argument("--scorer", help="an ONNX recogniser to use instead of AuraFace's; it only scores")
     sub.add_argument("--seed", type=int, default=0, help="of what is new (%(default)s)")
     sub.add_argument("--out", type=Path, required=True, help="the folder to write")
     sub.add_argument("--yes", action="store_true", help="do not ask before fetching")

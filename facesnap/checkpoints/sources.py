@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,6 +224,21 @@ HEAD_LANDMARKS = UrlSource(  # which the Hub's repository lacks
 )
 
 
+SCORER = Source(  # trained on other photographs than antelopev2, which reads, and buffalo_l, which teaches
+    "scorer",
+    "fal/AuraFace-v1",
+    "af6d057c9b0ec4071d4c49c80e3539258798b609",
+    "Apache-2.0",
+    (
+        File(
+            "glintr100.onnx",
+            260_694_151,
+            "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
+        ),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Base:
     """How a base model wants to be sampled."""
@@ -232,9 +248,16 @@ class Base:
     turbo: bool = False
 
 
-DEFAULT_BASE = DREAMSHAPER.repo
+DEFAULT_BASE = TURBO = DREAMSHAPER.repo  # what portraits are made with
+START_BASE = SDXL.repo  # what training starts from
 BASES = {DREAMSHAPER.repo: Base(steps=8, guidance=2.0, turbo=True), SDXL.repo: Base(steps=30, guidance=5.0)}
 KNOWN_BASES = {source.repo: source for source in (DREAMSHAPER, SDXL)}
+
+
+def is_distilled(base: str | None) -> bool:
+    """Whether a base was taught to need few steps: a known one, or by what its name says."""
+    known = base is not None and base in BASES and BASES[base].turbo
+    return known or re.search(r"turbo|lightning|hyper|lcm", str(base), re.IGNORECASE) is not None
 
 
 def digest(path: Path) -> str:

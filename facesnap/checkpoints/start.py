@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import CLIPVisionModel
 from facesnap.checkpoints import sources as known
 from facesnap.checkpoints.loading import ffrnet_place, read_base, read_parts, sample_as
 from facesnap.checkpoints.plans import Plan, existing_folder, fetch, find_base
-from facesnap.checkpoints.sources import BASES, DEFAULT_BASE, Source
+from facesnap.checkpoints.sources import BASES, START_BASE, Source, is_distilled
 from facesnap.errors import InputError, did_you_mean, reading
 from facesnap.faces import Recogniser
 from facesnap.ffrnet import VARIANTS, FFRNet, Variant
@@ -35,6 +36,10 @@ FROM_INSTANTID = (
     "projection of the face where InstantID took the pooled text",
 )
 FROM_FOLDER = "all of its weights"
+DISTILLED = (
+    "{0} is a distilled base: what is trained on it learns its shortcuts, and follows other bases worse. Train on {1}, "
+    "and make portraits with any base (`checkpoints.load(FOLDER, base=…)`)."
+)
 
 
 def init(
@@ -46,6 +51,7 @@ def init(
     variant: Variant = "predicted",
     face_pack: str | Path | None = None,
     head: str | Path | None = None,
+    scorer: str | Path | None = None,
     seed: int = 0,
     yes: bool = False,
 ) -> FaceSnapPipeline:
@@ -56,13 +62,15 @@ def init(
 
     Args:
         out: the folder to write; it must not exist yet, or be empty.
-        base: as in `load`. A FaceSnap folder lends its face encoder, face pack, head and scorer too, which are
-            otherwise those of `load`.
+        base: as in `load`, but by default SDXL base 1.0. A distilled one is warned of: its few steps are not what
+            equation 3 trains, and the adapter follows its ways. A FaceSnap folder lends its face encoder, face pack,
+            head and scorer too, which are otherwise those of `load`.
         ffrnet: "unet": FFRNet begins as the base UNet's encoder. "instantid": as InstantID's public ControlNet, for
             SDXL bases; research only. Else a folder with an FFRNet, with a ControlNet, or a FaceSnap folder.
         mixer: a row of Table 2: "full", "id", "clip" or "concat".
         variant: a row of Table 3: "predicted", "driver", "black", or "none" (no FFRNet).
         face_pack, head: folders to use instead.
+        scorer: an ONNX recogniser that only scores, by default AuraFace's; neither the face pack's nor φ.
         seed: of what is new.
         yes: whether more than 100 MB may be fetched unasked.
 
@@ -75,7 +83,10 @@ def init(
     for what, value, choices in (("mixer", mixer, MIXERS), ("variant", variant, VARIANTS)):
         if value not in choices:
             raise InputError(f"There is no {what} '{value}'; choose {', '.join(choices)}.")
-    wanted = _start_plan(base, None if variant == "none" else ffrnet, face_pack, head)
+    wanted = _start_plan(base, None if variant == "none" else ffrnet, face_pack, head, scorer)
+    distilled = is_distilled(wanted.base)
+    if distilled:
+        warnings.warn(DISTILLED.format(wanted.base, START_BASE), stacklevel=2)
     fetch(wanted, yes)
 
     dtype = torch.float16  # as it is saved; nothing is computed here
@@ -88,9 +99,7 @@ def init(
         )
     given = read_parts(wanted, stock, dtype, ("CPUExecutionProvider",))
     lender = wanted.places.get("base")
-    scorer = lender / "scorer" / SCORER_NAME if lender else None
-    if scorer is not None and scorer.is_file():
-        given["scorer"] = Recogniser(scorer)
+    given["scorer"] = Recogniser(_scorer_file(wanted))
     kept, new = "nothing: there is no FFRNet", NEW_MIXER
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,7 +109,7 @@ def init(
             given["ffrnet"], new = made.to(dtype), f"{new}; {also}" if also else new
     pipe = FaceSnapPipeline.from_pipe(stock, **given)
     start = {"base": wanted.base, "ffrnet": Path(ffrnet).name, "mixer": mixer, "seed": seed, "kept": kept, "new": new}
-    about: dict[str, Any] = {"start": start}
+    about: dict[str, Any] = {"start": start | ({"distilled": True} if distilled else {})}
     if any(not source.commercial for source in wanted.sources.values()):
         names = ", ".join(source.repo for source in wanted.sources.values() if not source.commercial)
         about["license"] = f"no commercial use, because of {names}"
@@ -112,12 +121,16 @@ def init(
 
 
 def _start_plan(
-    base: str | Path | None, ffrnet: str | Path | None, face_pack: str | Path | None, head: str | Path | None
+    base: str | Path | None,
+    ffrnet: str | Path | None,
+    face_pack: str | Path | None,
+    head: str | Path | None,
+    scorer: str | Path | None,
 ) -> Plan:
     """What an untrained FaceSnap is made of; ffrnet None: there will be none."""
     places: dict[str, Path] = {}
     sources: dict[str, Source] = {}
-    chosen = str(base or DEFAULT_BASE)
+    chosen = str(base or START_BASE)
     find_base(chosen, places, sources)
     lender = places.get("base")
     lends = lender is not None and (lender / SETTINGS_NAME).is_file()
@@ -134,6 +147,15 @@ def _start_plan(
             sources[part] = source
     if "head" in sources:
         sources["head_landmarks"] = known.HEAD_LANDMARKS
+    lent = lender / "scorer" / SCORER_NAME if lender is not None and lends else None
+    if scorer is not None:
+        if not Path(scorer).is_file():
+            raise InputError(f"There is no scorer '{scorer}'; give the ONNX file of a recogniser.")
+        places["scorer"] = Path(scorer)
+    elif lent is not None and lent.is_file():
+        places["scorer"] = lent
+    else:
+        sources["scorer"] = known.SCORER
     if str(ffrnet) == "instantid":
         files = tuple(file for file in known.INSTANTID.files if file.path.startswith("ControlNetModel/"))
         sources["ffrnet"] = replace(known.INSTANTID, files=files)
@@ -145,6 +167,12 @@ def _start_plan(
     name = chosen if lender is None else lender.name
     base_name = chosen if chosen in BASES else name
     return Plan(f"FaceSnap on {name}", "facesnap", places, sources, base_name, base_was_chosen=True, is_start=True)
+
+
+def _scorer_file(wanted: Plan) -> Path:
+    if "scorer" in wanted.places:
+        return wanted.places["scorer"]
+    return wanted.place("scorer") / known.SCORER.files[0].path
 
 
 def _new_mixer(stock: Any, encoder: CLIPVisionModel, variant: MixerVariant) -> FacialAttributeMixer:

@@ -386,13 +386,9 @@ class Trainer:
         if scaler is not None:
             for optimiser in self.optimisers:
                 scaler.unscale_(optimiser.optimizer)
-        if kind != DistributedType.FSDP:
-            return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        # Each process holds a piece of each gradient. (FSDP's own `clip_grad_norm_` of torch 2.13 overlooks some.)
-        pieces = [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
-        norm = self.accelerator.reduce(sum(pieces, torch.zeros((), device=self.device))).sqrt()
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        return norm
+        if kind == DistributedType.FSDP:  # each process holds a piece of it
+            return self.learning.clip_grad_norm_(self.config.clip)
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
 
     def _step_optimisers(self) -> None:
         scaler = self.accelerator.scaler

@@ -31,7 +31,7 @@ from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from facesnap.errors import InputError
-from facesnap.pipeline import MAX_REFERENCES
+from facesnap.preview import MAX_REFERENCES
 from facesnap.request import SCHEDULERS
 from facesnap.speed import PRESETS
 from facesnap.templates import TEMPLATES

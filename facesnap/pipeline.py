@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from facesnap import folder, memory, templates
+from facesnap import folder, memory
 from facesnap import landmarks as landmarks72
 from facesnap.attachment import alone_with, parts_of
 from facesnap.clip import face_features
-from facesnap.errors import InputError, check_number, shown
+from facesnap.errors import InputError
 from facesnap.faces import Face, FaceAnalyser, Recogniser, cosine
 from facesnap.ffrnet import FFRNet, Variant, attach
 from facesnap.folder import (
@@ -47,12 +46,12 @@ from facesnap.heads import Head, HeadModel
 from facesnap.images import open_image
 from facesnap.mixer import FacialAttributeMixer, MixerOutput
 from facesnap.predictor import LandmarkPredictor
+from facesnap.preview import Change, refuse_beside
+from facesnap.preview import preview as preview_of
 from facesnap.request import STOCK_ARGUMENTS, Request, frame_size, variant_of
 from facesnap.results import Expression, FaceSnapOutput, Picture, PreviewResult, Source
 from facesnap.speed import Preset, ending_guidance, halved_images
 
-MAX_REFERENCES = 4
-MAX_TURN = 60.0  # degrees added to a pose
 FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 
@@ -306,83 +305,18 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
         size = frame_size(size or (None, None), self.settings, self.vae_scale_factor)
-        check_number("expression strength", expression_strength, 0, 2)
-        check_number("head size", head_size, 0.5, 2)
-        turn = {"yaw": yaw, "pitch": pitch, "roll": roll}
-        for name, degrees in turn.items():
-            check_number(name, degrees, -MAX_TURN, MAX_TURN)
-        if expression not in get_args(Expression):
-            raise InputError(f"There is no expression {expression!r}; choose pose, reference or neutral.")
-        for name, weight in (expressions or {}).items():
-            check_number(f"expression {shown(name)!r}", weight, -1, 1)
-        added = self.predictor.expression(expressions)
-        variant = variant_of(variant, self.settings)
-        faces, notes = self._references(reference)
-        driver_face: Face | None = None
-        head: Head | None = None
-
-        if _are_landmarks(pose):
-            if any(turn.values()) or head_size != 1 or expression != "pose" or added.any():
-                raise InputError("Landmarks are followed as they are; turn and resize them yourself.")
-            points = np.asarray(pose, dtype=np.float32)
-            if not np.isfinite(points).all():
-                raise InputError("The pose landmarks hold values that are not numbers; give 72 points in pixels.")
-        else:
-            heads = self.predictor.reconstruct(list(faces))
-            if pose is None:
-                driver = self.predictor.framed(heads[0], size)
-            elif isinstance(pose, Head):
-                driver = pose
-            elif isinstance(pose, str) and not _names_picture(pose):
-                driver = templates.get(pose).head(self.head_model, size)
-            else:
-                driver_face = self.analyse(pose, "The pose photo")
-                notes += _face_notes(driver_face, "The pose photo")
-                driver = self.predictor.turned(self.predictor.reconstruct(driver_face)[0], roll=driver_face.tilt)
-            if expression == "reference":
-                driver = replace(driver, expression=heads[0].expression)
-            elif expression == "neutral":
-                driver = replace(driver, expression=np.zeros_like(driver.expression))
-            if any(turn.values()) or head_size != 1:
-                driver = self.predictor.turned(driver, **turn, head_size=head_size)
-            shape = driver if variant == "driver" else heads[0]
-            coefficients = expression_strength * driver.expression + added
-            if self.head_model.nonnegative_expression:
-                coefficients = np.maximum(coefficients, 0)
-            head = replace(driver, identity=shape.identity, expression=coefficients)
-            points = self.predictor.predict(shape, head, size)
-
-        least, height = min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4), float(np.ptp(points[:, 1]))
-        if height < least:
-            notes.append(
-                f"The face will be only {height:.0f} pixels high, too small for this model to draw well: "
-                "raise the head size or choose a pose that is closer."
-            )
-        return PreviewResult(points, self._draw(points, size), faces, driver_face, tuple(notes), head)
-
-    def _references(self, reference: Source | Sequence[Source]) -> tuple[tuple[Face, ...], list[str]]:
-        """The face of every reference, and what the user should know about them."""
-        sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
-        if not sources or any(source is None for source in sources):
-            raise InputError("There is no reference photo; give one to four photos of one person.")
-        if len(sources) > MAX_REFERENCES:
-            raise InputError(
-                f"{len(sources)} reference photos were given; choose at most {MAX_REFERENCES} of one person."
-            )
-        roles = ["The reference photo"]
-        if len(sources) > 1:
-            roles = [f"Reference photo {k}" for k in range(1, len(sources) + 1)]
-        faces = tuple(self.analyse(source, role) for source, role in zip(sources, roles, strict=True))
-        notes = [note for face, role in zip(faces, roles, strict=True) for note in _face_notes(face, role)]
-        for k, face in enumerate(faces):
-            for other in range(k):
-                similarity = cosine(faces[other].embedding, face.embedding)
-                if similarity < self.settings.same_person:
-                    notes.append(
-                        f"Reference photos {other + 1} and {k + 1} may show different people "
-                        f"(similarity {similarity:.2f}); the portrait will be a mixture."
-                    )
-        return faces, notes
+        return preview_of(
+            reference,
+            pose,
+            size,
+            Change(expression, expression_strength, yaw, pitch, roll, head_size, expressions),
+            analyse=self.analyse,
+            predictor=self.predictor,
+            draw=self._draw,
+            keeps_shape=variant_of(variant, self.settings) == "driver",
+            same_person=self.settings.same_person,
+            least=min(FEWEST_LATENTS * self.vae_scale_factor, size[0] / 4),
+        )
 
     # ------------------------------------------------------------------ the call
 
@@ -468,7 +402,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             how = {"expression_strength": expression_strength, "variant": request.variant}
             preview = self.preview(reference, pose, size, **how)  # type: ignore[arg-type]
         else:
-            _refuse_beside(preview, reference, pose, expression_strength)
+            refuse_beside(preview, reference, pose, expression_strength)
         with alone_with(self.unet, self.ffrnet, self.mixer):
             images = self._denoise(request, preview)
         if not return_dict:
@@ -654,39 +588,3 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 def _control(drawing: np.ndarray) -> Tensor:
     """A drawing (h, w, 3) uint8 → FFRNet's control picture (1, 3, h, w) in [0, 1]."""
     return torch.from_numpy(drawing).permute(2, 0, 1)[None].float() / 255
-
-
-def _are_landmarks(pose: Any) -> bool:
-    return isinstance(pose, np.ndarray) and pose.shape == (landmarks72.NUM, 2)
-
-
-def _names_picture(pose: str) -> bool:
-    """Whether a string means a file, there or not, rather than a template."""
-    return os.path.isfile(pose) or bool(Path(pose).suffix) or "/" in pose or "\\" in pose
-
-
-def _face_notes(face: Face, role: str) -> list[str]:
-    notes = []
-    if face.turned:
-        lay = "stands on its head" if face.turned == 180 else "lies on its side"
-        notes.append(f"{role} {lay}; it was read after a turn by {face.turned}° clockwise.")
-    if face.tilt:
-        way = "left" if face.tilt > 0 else "right"
-        notes.append(f"{role}: the head is tilted by {abs(face.tilt):.0f}° to the {way}; it was read upright.")
-    if face.count > 1:
-        notes.append(f"{role} shows {face.count} faces; the largest was used.")
-    if face.found_by == "haar":
-        notes.append(f"{role}: the face was hard to find, so the likeness and the pose may suffer.")
-    return notes
-
-
-def _refuse_beside(preview: PreviewResult, reference: Any, pose: Any, expression_strength: float) -> None:
-    """InputError where the call says again what its preview has settled; its own faces are no contradiction."""
-    said = {
-        "reference": reference is not None and reference is not preview.reference_faces,
-        "pose": pose is not None,
-        "expression_strength": expression_strength != 1,
-    }
-    if any(said.values()):
-        names = ", ".join(name for name, given in said.items() if given)
-        raise InputError(f"The preview says whose face it is and how it is held: leave out {names}, or the preview.")

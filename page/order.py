@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from facesnap.errors import InputError
-from facesnap.pipeline import MAX_REFERENCES
+from facesnap.preview import MAX_REFERENCES
 from facesnap.request import SCHEDULERS
 from facesnap.results import Expression
 from facesnap.speed import PRESETS

@@ -23,7 +23,7 @@ COMMANDS = {
     "stock": "the base model through diffusers' own SDXL pipeline",
     "predictor": "predicted landmarks from detected ones, against the driver's copied",
     "probes": "what the face encoder's features tell of held-out people, linearly",
-    "photographs": "detection in seven photographs that every installation has",
+    "photographs": "detection in seven photographs that every installation has; or, of a folder, what avatars show",
 }
 MODULES = {"predictor": "pixels"}  # where the file has another name than the command
 # Those of a module of their own arguments: the paper's evaluation, of any method (docs/evaluation.md)
@@ -53,6 +53,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         if name != "probes":
             command.add_argument("--sheet", help="also write a contact sheet (.jpg or .png)")
         if name == "photographs":
+            command.add_argument("folder", nargs="?", help="photographs and labels.csv: what do their avatars show?")
+            command.add_argument("--renders", help="shards of rendered people, from which traits are learned")
             continue
         command.add_argument("--size", type=int, default=256, help="side of the rendered pictures, pixels")
         if name == "predictor":

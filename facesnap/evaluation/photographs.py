@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from facesnap import landmarks
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report
+from facesnap.evaluation import metrics, protocol, report, traits
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import from_pretrained
 
@@ -81,7 +81,10 @@ def cut_out(marked: Marked) -> np.ndarray:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Finds the seven faces, compares with the marks, and with `--sheet` makes a portrait of each."""
+    """Finds the seven faces, compares with the marks, and with `--sheet` makes a portrait of each; of a folder with
+    labels, what the avatars show (`traits`)."""
+    if arguments.folder:
+        return traits.run(arguments)
     model = Path(arguments.model)
     settings = {"what": "photographs", "model": report.fingerprint(model), "seed": arguments.seed}
     analyser = FaceAnalyser(model / "face_pack")
@@ -161,6 +164,8 @@ def portraits_sheet(model: Path, analyser: FaceAnalyser, arguments: argparse.Nam
 
 def lines(results: dict) -> list[tuple[str, object, str]]:
     """The report for the terminal: name, value, remark."""
+    if "traits" in results:
+        return traits.lines(results)
     rows: list[tuple[str, object, str]] = [
         ("faces found", results["found"], f"of {results['faces']}"),
         ("without Haar", results["found_without_haar"], ""),

@@ -1,12 +1,16 @@
 """Metrics against cases worked out by hand, a ledger that survives a kill, what the protocol promises."""
 
 import json
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import photo
 
-from facesnap.evaluation import metrics, photographs, portraits, probes, protocol, report
+from facesnap.evaluation import metrics, photographs, portraits, probes, protocol, references, report, vae
 from facesnap.evaluation.__main__ import parse
 from facesnap.evaluation.scorer import visible
 from facesnap.synthetic.people import EVALUATION_PEOPLE
@@ -61,6 +65,15 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_where_nothing_is():
 
 def test_probes_ask_only_held_out_people(tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "PHOTOS", (40,))
+
+    class Whole:  # a crop of any kind will do: not the face pack is tested
+        def __init__(self, folder):
+            pass
+
+        def analyse(self, image):
+            return SimpleNamespace(crop=cv2.resize(image, (224, 224)))
+
+    monkeypatch.setattr(probes, "FaceAnalyser", Whole)
     out = tmp_path / "probes.json"
     arguments = parse(f"probes --model assets/mini --people 60 --size 96 --out {out}".split())
     results = probes.run(arguments)["results"]
@@ -245,7 +258,7 @@ def ledger_of(model_is: str) -> tuple[dict, list, list]:
 
     def seen(person: int, request: protocol.Request) -> dict:
         return {
-            "found": True, "embedding": faces[person], "points": np.full((72, 2), 7.0).tolist(),
+            "found": True, "sharpness": 5.0, "embedding": faces[person], "points": np.full((72, 2), 7.0).tolist(),
             "attributes": visible(request.attributes, request.style),
         }  # fmt: skip
 
@@ -299,6 +312,7 @@ def test_summary_of_a_perfect_model_and_of_one_that_draws_no_faces():
         assert result["landmark_error"] == pytest.approx(0.1 if perfect else 1.0)  # one pixel of ten
         assert result["text_accuracy"]["score"] == (1.0 if perfect else -1.0)
         assert result["landmark_net_error"] == 0 and result["scorer_accuracy"]["score"] == 1
+        assert result["sharpness"] == (1.0 if perfect else None)
         assert result["tar_at_far_1e-3"] == 1 and result["seconds"] == 2.0
         assert "identity_retention" in report.table(portraits.lines(result))
 
@@ -324,3 +338,42 @@ def test_the_six_marks_are_these_of_the_72():
     points[[36, 40]] = (-30, 0), (-10, 0)
     points[[30, 52, 57, 8]] = (1, 2), (3, 4), (5, 6), (7, 8)
     assert photographs.marked_of(points).tolist() == [[-5, 0], [0, 0], [1, 2], [3, 4], [5, 6], [7, 8]]
+
+
+# ---------------------------------------------------------------- the VAE alone, and several references
+
+
+def test_sharpness_falls_with_blur_and_is_of_the_box_alone():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image[20:] = 128
+    box = np.array([0, 0, 40, 18])
+    blurred = cv2.GaussianBlur(image, (0, 0), 1.0)
+    assert metrics.sharpness(image, box) > 3 * metrics.sharpness(blurred, box) > 0
+    for empty in ([2, 24, 38, 38], [50, 50, 60, 60]):
+        assert metrics.sharpness(image, np.array(empty)) == 0
+
+
+def test_psnr_by_hand_and_the_part_around_the_eyes():
+    flat = np.full((8, 8, 3), 100, np.uint8)
+    assert vae.psnr(flat, flat + 5) == pytest.approx(20 * np.log10(255 / 5)) and vae.psnr(flat, flat) == 99
+    points = protocol.exact_landmarks(protocol.driver_picture(1_000_005), 128)
+    rows, columns = vae.around_eyes(points, 40.0, 128)
+    eyes, mouth = points[vae.EYES], points[52:]
+    assert (rows.start <= eyes[:, 1]).all() and (eyes[:, 1] < rows.stop).all()
+    assert (columns.start <= eyes[:, 0]).all() and (mouth[:, 1] > rows.stop).all()
+
+
+def test_averaged_tokens_are_the_mean_of_each_references_own(pipe):
+    faces = [pipe.analyse(photo(1, number)) for number in (0, 1)]
+    other, each = references.averaging(pipe), [pipe.mix([face]) for face in faces]
+    averaged = other.mix(faces)
+    assert torch.allclose(averaged.tokens, (each[0].tokens + each[1].tokens) / 2, atol=1e-6)
+    assert torch.equal(other.mix(faces[:1]).pooled, each[0].pooled)
+    assert not torch.allclose(pipe.mix(faces).tokens, averaged.tokens, atol=1e-3)  # the shared pipeline still fuses
+
+
+def test_poor_references_are_poor_and_the_same_every_time():
+    poor, again = (references.poor_pictures(1_000_006, 64) for _ in range(2))
+    assert set(poor) == {"profile", "blurred", "dark"}
+    assert all(np.array_equal(poor[name], again[name]) for name in poor)
+    assert poor["dark"].mean() < 0.4 * poor["profile"].mean()

@@ -1,5 +1,4 @@
-"""`python -m facesnap.evaluation [portraits|speed|stock|predictor|probes|photographs] --model DIR --out FILE`,
-portraits by default.
+"""`python -m facesnap.evaluation COMMAND --model DIR --out FILE`, where COMMAND is portraits unless it is said.
 
 Every run writes a JSON report (figures, settings, command, commit, model version, machine, library
 versions); beside it lie the results of the single pictures (.jsonl) and the pictures themselves (.work/). A
@@ -22,6 +21,8 @@ COMMANDS = {
     "speed": "the same portraits by each preset and option: what speed costs in likeness",
     "stock": "the base model through diffusers' own SDXL pipeline",
     "predictor": "predicted landmarks from detected ones, against the driver's copied",
+    "vae": "what encoding and decoding alone take away from true renders",
+    "references": "one good reference and three poor ones: fused, and averaged",
     "probes": "what the face encoder's features tell of held-out people, linearly",
     "photographs": "detection in seven photographs that every installation has; or, of a folder, what avatars show",
 }
@@ -63,8 +64,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         if name == "probes":
             command.add_argument("--people", type=int, default=450)
             continue
-        command.add_argument("--steps", type=int, help="of the sampler; the checkpoint's own by default")
-        command.add_argument("--guidance", type=float, help="the checkpoint's own by default")
+        if name != "vae":
+            command.add_argument("--steps", type=int, help="of the sampler; the checkpoint's own by default")
+            command.add_argument("--guidance", type=float, help="the checkpoint's own by default")
         if name == "stock":
             command.add_argument("--prompts", type=int, default=50)
         else:

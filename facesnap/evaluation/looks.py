@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
 from facesnap import landmarks
 from facesnap.errors import InputError
-from facesnap.evaluation import report
+from facesnap.evaluation import metrics, report
 from facesnap.evaluation.clip import Clip, face_region
 from facesnap.evaluation.facesim import FaceJudge, judges
 from facesnap.evaluation.fid import EncoderFeatures, Extractor, InceptionFeatures
@@ -102,15 +101,8 @@ def measured(face: Face, head_model: HeadModel, picture: np.ndarray) -> dict[str
         "angles": np.round(head.angles, 2).tolist(),
         "mouth": round(float(gap), 4),
         "brows": round(float(points[BROWS, 1].mean() - points[EYES, 1].mean()), 4),
-        "sharpness": round(sharpness(picture, face.box), 3),
+        "sharpness": round(metrics.sharpness(picture, face.box), 3),
     }
-
-
-def sharpness(picture: np.ndarray, box: np.ndarray) -> float:
-    """The variance of the Laplacian (Pech-Pacheco et al. 2000) inside a detector's box (4,), of the grey values."""
-    left, top, right, bottom = np.clip(box.round().astype(int), 0, None)
-    grey = cv2.cvtColor(picture[top:bottom, left:right], cv2.COLOR_RGB2GRAY)
-    return float(cv2.Laplacian(grey, cv2.CV_64F).var()) if grey.size else 0.0
 
 
 # ------------------------------------------------------------------------------------------- many pictures

@@ -8,6 +8,7 @@ to enter as a cosine of 0, a missed rank and a landmark error of 1 eye distance:
 
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 
 MISSED_LANDMARK_ERROR = 1.0  # eye distances; what a portrait without a face scores
@@ -116,6 +117,16 @@ def orthographic_scale(points3d: np.ndarray, points2d: np.ndarray) -> float:
     ridge = 1e-3 * np.trace(x.T @ x) / 3
     camera = np.linalg.solve(x.T @ x + ridge * np.eye(3), x.T @ y)
     return float(np.linalg.svd(camera, compute_uv=False).mean())
+
+
+def sharpness(picture: np.ndarray, box: np.ndarray) -> float:
+    """Standard deviation of the Laplacian (Pech-Pacheco et al. 2000) of the grey values of RGB uint8 (H, W, 3) inside
+    a detector's box (4,); grows with noise and halos, too."""
+    left, top, right, bottom = np.clip(np.round(box).astype(int), 0, None)
+    inside = picture[top:bottom, left:right]
+    if inside.size == 0:
+        return 0.0
+    return float(cv2.Laplacian(cv2.cvtColor(inside, cv2.COLOR_RGB2GRAY), cv2.CV_64F).std())
 
 
 def balanced_accuracy(predicted: Sequence, wanted: Sequence) -> tuple[float, float]:

@@ -157,6 +157,9 @@ def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict
     photos = np.array([row["style"] == "photo" for row in all_rows])
     all_embeddings = embeddings(all_rows)
 
+    sharp = sharpness_ratios(portraits, truths)
+    seen_sharp = np.flatnonzero(~np.isnan(sharp))
+
     def within(statistic):
         return metrics.interval(statistic, people)
 
@@ -178,6 +181,10 @@ def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict
         "landmark_error_95": within(lambda i: float(errors[i].mean())),
         "landmark_net_error": float(np.mean(net_errors)),
         "asked_against_truth": float(np.mean(asked)) if asked else None,
+        "sharpness": float(np.median(sharp[seen_sharp])) if len(seen_sharp) else None,
+        "sharpness_95": metrics.interval(lambda i: float(np.median(sharp[seen_sharp[i]])), people[seen_sharp])
+        if len(seen_sharp)
+        else None,
         "text_accuracy": metrics.attribute_accuracy([p.get("attributes", {}) for p in portraits], wanted),
         "scorer_accuracy": metrics.attribute_accuracy([t["attributes"] for t in truths], wanted),
         "scorer_accuracy_world": metrics.attribute_accuracy(
@@ -195,6 +202,12 @@ def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict
         "seconds_slowest": float(np.max(seconds)) if seconds else None,
         "peak_memory_gb": max(p["peak_memory_gb"] for p in portraits),
     }
+
+
+def sharpness_ratios(portraits: list[dict], truths: list[dict]) -> np.ndarray:
+    """(N,) sharpness of each portrait as a share of its true render's; NaN where one of them has no face."""
+    pairs = zip(portraits, truths, strict=True)
+    return np.array([a["sharpness"] / b["sharpness"] if a["found"] and b["found"] else np.nan for a, b in pairs])
 
 
 def embeddings(rows: list[dict]) -> np.ndarray:
@@ -242,6 +255,7 @@ def lines(results: dict) -> list[tuple[str, object, str]]:
     for name, a in text["attributes"].items():
         rows.append((f"  {name}", a["score"], f"of {a['pictures']}; true renders {truth[name]['score']:.3f}"))
     rows += [
+        ("sharpness", results["sharpness"], "of the true render's (Laplacian), median"),
         ("faces_found", results["faces_found"], f"true renders {results['faces_found_true_render']:.3f}"),
         (
             "TAR at FAR 1e-3",

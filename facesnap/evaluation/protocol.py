@@ -17,6 +17,7 @@ from PIL import Image
 
 from facesnap import landmarks
 from facesnap.errors import InputError
+from facesnap.evaluation import metrics
 from facesnap.evaluation.scorer import AttributeScorer, visible
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.images import open_image
@@ -182,8 +183,8 @@ class Witness:
         self.scorer = AttributeScorer(model / "scorer")
 
     def look(self, path: Path) -> dict:
-        """{"found", "embedding" (512,) or None, "points" (72, 2) pixels or None, "attributes"} as plain
-        lists."""
+        """{"found", "embedding" (512,) or None, "points" (72, 2) pixels or None, "attributes", "sharpness" of a face
+        that was found} as plain lists."""
         image = open_image(path)
         seen: dict = {"found": False, "embedding": None, "points": None}
         try:
@@ -199,6 +200,7 @@ class Witness:
             "found": True,
             "embedding": np.round(embedding / np.linalg.norm(embedding), 5).tolist(),
             "points": np.round(points, 2).tolist(),
+            "sharpness": round(metrics.sharpness(image, face.box), 3),
             "attributes": self.scorer.classify(image, face.keypoints),
         }
 

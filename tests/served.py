@@ -89,8 +89,8 @@ def files(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def page(pipe, tmp_path_factory):
     """The page, served; its assets are made here, so that it does not matter which the repository has."""
-    import app
     from facesnap.templates import TEMPLATES, thumbnail
+    from facesnap.web import server
 
     assets = tmp_path_factory.mktemp("assets")
     for folder in ("templates", "examples"):
@@ -102,10 +102,8 @@ def page(pipe, tmp_path_factory):
     (assets / "examples" / "examples.json").write_text(json.dumps([row]))
 
     slow = Slow(pipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "ASSETS", assets)
-        demo = app.build(slow, most_waiting=MOST_WAITING)
-        _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
+    demo = server.build(slow, most_waiting=MOST_WAITING, assets=assets)
+    _, url, _ = server.launch(demo, prevent_thread_lock=True, quiet=True)
     yield SimpleNamespace(url=url, pipe=slow, demo=demo)
     demo.close()
 

@@ -16,7 +16,8 @@ from served import MOST_WAITING, idle, wait_for
 from test_app import MINI, needs_mini
 
 import app
-from page.order import POSES
+from facesnap.web import server
+from facesnap.web.request import POSES
 
 
 @pytest.fixture(scope="session")
@@ -450,9 +451,9 @@ def serious(tab) -> list[str]:
 @needs_mini
 def test_first_visit_to_portrait_on_the_mini(browser, shoot):
     """What a visitor of the shipped page sees; its three screenshots are those of the README."""
-    demo = app.build(app.load(str(MINI)))
-    _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
-    photos = app.ASSETS / "examples"
+    demo = server.build(app.load(str(MINI)))
+    _, url, _ = server.launch(demo, prevent_thread_lock=True, quiet=True)
+    photos = server.ASSETS / "examples"
 
     def visit(width: int, height: int, **options):
         tab = browser.new_context(viewport={"width": width, "height": height}, **options).new_page()

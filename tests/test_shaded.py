@@ -12,8 +12,8 @@ from facesnap.errors import InputError
 from facesnap.geometry import letterbox
 from facesnap.heads import LinearHeadModel
 from page import views
-from page.order import Sitting
-from page.studio import Studio
+from facesnap.web.request import PortraitRequest
+from facesnap.web.studio import Studio
 
 NOSE_TIP, LEFT_TEMPLE, RIGHT_TEMPLE = 30, 0, 16
 
@@ -60,7 +60,7 @@ def test_preview_knows_the_head_behind_its_landmarks(pipe):
 
 def test_the_pages_preview_shows_it_where_it_can(pipe, tmp_path, monkeypatch):
     Image.fromarray(photo(1)).save(tmp_path / "me.png")
-    studio, sitting = Studio(pipe), Sitting(references=(str(tmp_path / "me.png"),), pose="front")
+    studio, sitting = Studio(pipe), PortraitRequest(reference=str(tmp_path / "me.png"), pose="front")
     templates_ = Path(__file__).parents[1] / "assets" / "templates"
     without = studio.look(sitting)
     asked = []

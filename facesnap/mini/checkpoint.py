@@ -28,6 +28,14 @@ from facesnap.synthetic.dataset import load_people
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 
+# By the scorer, measured on 120 held-out people: two true photos of one person all reach 0.6; of two of strangers 0.01 %
+# do, 0.5 % reach 0.45 and 4 % reach 0.3. The words hold for photographs as well, which become rendered people.
+LIKENESS = [
+    [0.6, "a close likeness, as rendered people go"],
+    [0.45, "alike, as rendered people go"],
+    [0.3, "somewhat alike, as rendered people go"],
+    [-1, "hardly alike"],
+]
 HINT = (
     "This small model has seen rendered people only: a photograph becomes one of them, with its skin, hair and build. "
     "Words it knows: a photo, a pencil sketch, a watercolor, an oil painting, black and white; a shirt, striped shirt "
@@ -115,7 +123,8 @@ def assemble(run: Run, minutes: float) -> None:
                 "stage": last.name,
                 "license": "Apache-2.0",
                 "hint": HINT,
-                "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of page.order
+                "likeness": LIKENESS,
+                "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of web.request
                 "diffusers": importlib.metadata.version("diffusers"),
             },
         ),

@@ -13,8 +13,8 @@ from PIL import Image
 
 from facesnap.landmarks import draw
 from facesnap.templates import TEMPLATES
-from page.order import OWN_POSE
-from page.studio import Look, Reading
+from facesnap.web.request import OWN_POSE
+from facesnap.web.studio import Look, Reading
 
 HEAD = """<header class="fs-head"><h1>FaceSnap</h1>
 <p>One photo, a head pose and a sentence in; a portrait of that person out.</p></header>"""
@@ -33,17 +33,28 @@ PREVIEW_WAITS = '<div class="fs-empty"><p>Add a photo of the pose to see its lan
 STAGE_EMPTY = f"""<div class="fs-empty fs-stage">{FACE}<p>Your portrait appears here.</p>
 <p class="fs-tip">No photo at hand? Start from an example below.</p></div>"""
 STAGE_FAILED = f"""<div class="fs-empty fs-stage fs-failed">{FACE}<p>No portrait was made.</p>
-<p class="fs-tip">What to do stands above.</p></div>"""
+<p class="fs-tip">What to do stands beside the button.</p></div>"""
 
 
-def foot(licence: str) -> str:
-    """Tips, what is done with the photos, and on what terms the weights are."""
+PAPER = "https://arxiv.org/abs/2602.00627"
+APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
+
+
+def foot(licence: str, code: str | None = None) -> str:
+    """Tips, what is done with the photos, on what terms the weights are, and links; code: the address of the code."""
+    links = [("The paper", PAPER), ("Code", code), ("Licence of the code: Apache-2.0", APACHE)]
+    listed = " · ".join(f'<a href="{html.escape(url)}" rel="noopener">{text}</a>' for text, url in links if url)
     return f"""<footer class="fs-foot">
 <p>Of a pose’s photo only the head’s place, turn and expression are taken, never who it is. A higher guidance gives
 the prompt more weight, a higher identity strength the photos.</p>
 <p>Every portrait is marked as generated, in its file. Uploads are deleted within the hour and used for nothing else.
 Portray only people who agree to it, and say that a picture is generated when you show it.</p>
-<p>Licence of the weights: {html.escape(licence)}.</p></footer>"""
+<p>Licence of the weights: {html.escape(licence)}. {listed}</p></footer>"""
+
+
+def more(title: str, text: str) -> str:
+    """A line that unfolds."""
+    return f'<details class="fs-more"><summary>{html.escape(title)}</summary><p>{html.escape(text)}</p></details>'
 
 
 def heading(title: str, hint: str = "", number: int | None = None) -> str:
@@ -110,6 +121,18 @@ def note(text: str, *, error: bool = False) -> str:
     return f'<div class="{kind}" role="{role}">{html.escape(text)}</div>'
 
 
+def wanted(what: str, text: str) -> str:
+    """What is missing before anything can be made; page.css marks its field, and takes this away when it is there."""
+    return f'<div class="fs-note fs-error fs-wants-{what}" role="alert">{html.escape(text)}</div>'
+
+
+def finished(report: dict[str, Any]) -> str:
+    """Said to who only listens; who looks has the portrait."""
+    count = len(report["pictures"])
+    done = "The portrait is ready." if count == 1 else f"{count} portraits are ready."
+    return f'<div class="fs-finished" role="status">{done}</div>'
+
+
 def notes(texts: Sequence[str]) -> str:
     return "".join(f'<p class="fs-hint">{html.escape(text)}</p>' for text in texts)
 
@@ -141,8 +164,24 @@ def stage_working(drawing: np.ndarray) -> str:
     return f'<div class="fs-stage fs-making"><img src="{_data_uri(drawing)}" alt="The landmarks being followed."></div>'
 
 
-def summary(report: dict[str, Any]) -> str:
-    """What stands under the finished portraits: scores and seeds, and one line that says what made them."""
+def compared(reference: np.ndarray, portrait: np.ndarray, landmarks: np.ndarray) -> str:
+    """The face of the photo and the same part of the portrait side by side. landmarks (72, 2) in its pixels."""
+    low, high = landmarks.min(axis=0), landmarks.max(axis=0)
+    half, (x, y) = 0.9 * (high - low).max(), (low + high) / 2
+    box = [round(value) for value in (x - half, y - 1.15 * half, x + half, y + 0.85 * half)]
+    cut = np.asarray(Image.fromarray(portrait).crop(box))
+    figures = [
+        _figure(reference, "your photo", "The face in your photo.", side=288),
+        _figure(cut, "the portrait", "The same part of the portrait.", side=288),
+    ]
+    return (
+        '<details class="fs-compare"><summary>Compare with your photo</summary>'
+        f'<div class="fs-figures">{"".join(figures)}</div></details>'
+    )
+
+
+def summary(report: dict[str, Any], comparison: str = "") -> str:
+    """What stands under the finished portraits: scores and seeds, one line that says what made them, and `compared`."""
     rows = []
     for number, made in enumerate(report["pictures"], start=1):
         score, words = made["identity_score"], html.escape(made["likeness"])
@@ -163,7 +202,7 @@ def summary(report: dict[str, Any]) -> str:
     )
     return (
         f'<div role="status"><dl class="fs-summary">{"".join(rows)}'
-        f"<div><dt>Made by</dt><dd>{html.escape(made_by)}</dd></div></dl>{notes(report['notes'])}</div>"
+        f"<div><dt>Made by</dt><dd>{html.escape(made_by)}</dd></div></dl>{notes(report['notes'])}</div>{comparison}"
     )
 
 

@@ -1,0 +1,168 @@
+"""Who is served next, and whether anybody still waits for the answer. Knows nothing of Gradio.
+
+A `Line` serves few at a time. Whoever has used it least in the last minute goes first, so that a visitor who asks for
+one thing never waits for all that another has asked for. `Listeners` knows which sessions have a stream of answers
+open: what nobody listens to is not made.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from facesnap.errors import InputError
+
+MEMORY = 30.0  # seconds in which what a visitor has used counts half
+PATIENCE = 5.0  # seconds for a client to open the stream of its answers after it asked
+MOST_UNHEARD = 16
+NOBODY = "Nobody listens for the answer any more: ask again, and read the stream of events until it ends."
+
+
+class Busy(InputError):
+    """There is no place in a line; the same may be asked again later."""
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Where a request comes from: the address, and the session of its page or client."""
+
+    address: str = ""
+    session: str = ""
+
+
+NOBODY_IN_PARTICULAR = Visitor()
+
+
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    visitor: Visitor
+    number: int
+
+
+class Line:
+    """A few at a time, at most `most` waiting, and of them few for each session and each address."""
+
+    def __init__(self, slots: int = 1, *, most: int = 12, each_session: int = 99, each_address: int = 99) -> None:
+        self.slots, self.most = slots, most
+        self._each = {"session": each_session, "address": each_address}
+        self._waiting: list[_Ticket] = []
+        self._served: dict[_Ticket, float] = {}  # and when it began
+        self._used: dict[str, tuple[float, float]] = {}  # address or session → seconds, and when that was true
+        self._count = 0
+        self._moved = threading.Condition()
+
+    @contextmanager
+    def turn(self, visitor: Visitor = NOBODY_IN_PARTICULAR, *, again: bool = False) -> Iterator[Callable[[float], int]]:
+        """A place in the line. What it gives says, after waiting at most so many seconds for a change, how
+        many stand ahead; at 0 it is one's turn, until the block ends. Busy where there is no place; never for
+        who comes `again`, in the middle of what was begun."""
+        with self._moved:
+            if not again:
+                self._refuse_too_many(visitor)
+            self._count += 1
+            ticket = _Ticket(visitor, self._count)
+            self._waiting.append(ticket)
+        try:
+            yield partial(self._ahead, ticket)
+        finally:
+            with self._moved:
+                self._leave(ticket)
+                self._moved.notify_all()
+
+    @contextmanager
+    def wait(self, visitor: Visitor = NOBODY_IN_PARTICULAR) -> Iterator[None]:
+        """One's turn, waited for."""
+        with self.turn(visitor) as ahead:
+            while ahead(1.0):
+                pass
+            yield
+
+    def _refuse_too_many(self, visitor: Visitor) -> None:
+        inside = [*self._waiting, *self._served]
+        if len(self._waiting) >= self.most:
+            raise Busy(f"The queue is full, {self.most} visitors are waiting: please try again in a minute.")
+        for name, most in self._each.items():
+            own = getattr(visitor, name)
+            if own and sum(getattr(ticket.visitor, name) == own for ticket in inside) >= most:
+                whose = "You have" if name == "session" else "Your address has"
+                raise Busy(f"{whose} {most} requests in line already: please wait for one of them.")
+
+    def _ahead(self, ticket: _Ticket, patience: float) -> int:
+        with self._moved:
+            if not self._admitted(ticket):
+                self._moved.wait(patience)
+            if self._admitted(ticket):
+                return 0
+            return max(1, len(self._served) + self._order().index(ticket) + 1 - self.slots)
+
+    def _admitted(self, ticket: _Ticket) -> bool:
+        if ticket not in self._served and len(self._served) < self.slots and self._order()[0] is ticket:
+            self._waiting.remove(ticket)
+            self._served[ticket] = time.monotonic()
+            self._moved.notify_all()
+        return ticket in self._served
+
+    def _order(self) -> list[_Ticket]:
+        def key(ticket: _Ticket) -> tuple[float, float, int]:
+            visitor = ticket.visitor
+            return self._recently(visitor.address), self._recently(visitor.session), ticket.number
+
+        return sorted(self._waiting, key=key)
+
+    def _recently(self, who: str) -> float:
+        """Seconds that an address or a session used, older ones counting less; in tenths, so that ties are ties."""
+        seconds, then = self._used.get(who, (0.0, 0.0))
+        return round(seconds * 0.5 ** ((time.monotonic() - then) / MEMORY), 1)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        if (began := self._served.pop(ticket, None)) is None:
+            self._waiting.remove(ticket)
+            return
+        now = time.monotonic()
+        for who in filter(None, (ticket.visitor.address, ticket.visitor.session)):
+            self._used[who] = self._recently(who) + now - began, now
+        self._used = {who: used for who, used in self._used.items() if now - used[1] < 10 * MEMORY}
+
+
+class Listeners:
+    """Which sessions have a stream of answers open."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+        self._unheard: list[object] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def stream(self, session: str) -> Iterator[None]:
+        """While the block lasts, somebody listens."""
+        with self._changed:
+            self._open[session] += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._open[session] -= 1
+                if not self._open[session]:
+                    del self._open[session]
+
+    def await_one(self, session: str, patience: float = PATIENCE) -> None:
+        """Returns when somebody listens, which clients begin as soon as they have asked. InputError where nobody does,
+        or where so many others came to be unheard in the meantime that the oldest must go."""
+        one, end = object(), time.monotonic() + patience
+        with self._changed:
+            self._unheard.append(one)
+            del self._unheard[:-MOST_UNHEARD]
+            self._changed.notify_all()
+            try:
+                while session not in self._open:
+                    left = end - time.monotonic()
+                    if left <= 0 or one not in self._unheard:
+                        raise InputError(NOBODY)
+                    self._changed.wait(left)
+            finally:
+                if one in self._unheard:
+                    self._unheard.remove(one)

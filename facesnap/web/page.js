@@ -1,0 +1,75 @@
+// What only the browser can do: paste, enlarge, keep this tab's portraits, go to the result. Gradio's events call it.
+window.facesnap = {
+  // The portraits of this tab and their settings. The pictures are kept as the browser's own, since the server's go.
+  async keep(pictures, made, session, kept) {
+    const fresh = [];
+    for (const [number, settings] of (made ?? []).entries()) {
+      const url = pictures?.[number]?.image?.url;
+      if (!url || (kept ?? []).some((old) => old.url === url)) continue;
+      const blob = await (await fetch(url)).blob();
+      const own = URL.createObjectURL(blob);
+      const words = settings.prompt ? `${settings.style}, ${settings.prompt}` : settings.style;
+      fresh.push({
+        settings: {...settings, url},
+        tile: {image: {path: own, url: own, meta: {_type: "gradio.FileData"}}, caption: `${words}, seed ${settings.seed}`},
+      });
+    }
+    const tiles = [...fresh.map((one) => one.tile), ...(session ?? [])].slice(0, 24);
+    return [tiles, [...fresh.map((one) => one.settings), ...(kept ?? [])].slice(0, 24)];
+  },
+
+  // A complaint goes when something is changed.
+  changed() {
+    document.querySelector("#status .fs-error")?.setAttribute("hidden", "");
+  },
+
+  // When the work begins and the result is out of sight, it is brought into view.
+  began() {
+    setTimeout(() => {
+      const result = document.querySelector("#result");
+      if (!document.querySelector("#status progress[value='0']") || !result) return;
+      const {top, bottom} = result.getBoundingClientRect();
+      if (top < 0 || Math.min(bottom, top + 240) > innerHeight) result.scrollIntoView({behavior: "smooth", block: "start"});
+    }, 60);
+  },
+};
+
+// Gradio names every radio button otherwise; of one name they are one group, which Tab enters once and arrows go through.
+const group = () => document.querySelectorAll("fieldset").forEach((set) => {
+  for (const radio of set.querySelectorAll("input[type=radio]")) if (radio.name !== set.id) radio.name = set.id;
+});
+new MutationObserver(group).observe(document, {childList: true, subtree: true});
+
+// Pictures pasted anywhere go where photos go.
+document.addEventListener("paste", (event) => {
+  const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+  const input = document.querySelector("#more input[type=file], #photo-foot input[type=file]")
+    ?? document.querySelector("#references input[type=file]");
+  if (!files.length || !input) return;
+  event.preventDefault();
+  const picked = new DataTransfer();
+  files.forEach((file) => picked.items.add(file));
+  input.files = picked.files;
+  input.dispatchEvent(new Event("change", {bubbles: true}));
+});
+
+// A click on a portrait enlarges it; a click or Escape goes back.
+document.addEventListener("click", (event) => {
+  const picture = event.target.closest?.("#pictures, #session")
+    && event.target.closest("button, .gallery-item, .thumbnail-item")?.querySelector("img");
+  if (!picture) return;
+  let dialog = document.querySelector("#fs-large");
+  if (!dialog) {
+    dialog = document.createElement("dialog");
+    dialog.id = "fs-large";
+    dialog.setAttribute("aria-label", "The portrait, enlarged");
+    dialog.addEventListener("click", () => dialog.close());
+    document.querySelector("gradio-app, body").append(dialog);
+  }
+  const large = new Image();
+  [large.src, large.alt] = [picture.src, picture.alt];
+  const close = document.createElement("button");
+  close.textContent = "Close";
+  dialog.replaceChildren(large, close);
+  dialog.showModal();
+});

@@ -1,1 +1,0 @@
-"""What `app.py` is made of: `studio` (requests to portraits), `views` (results to HTML), `page.css`."""

@@ -1,0 +1,414 @@
+"""What stands behind the page: requests, the line, the studio, the safety checker, the marks."""
+
+import pickle
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+from served import wait_for
+
+from facesnap.errors import InputError
+from facesnap.web import safety, server
+from facesnap.web.denoise import Step, gpu_seconds
+from facesnap.web.door import for_visitors, visitor_of
+from facesnap.web.line import Busy, Line, Listeners, Visitor
+from facesnap.web.request import SPECS, STYLES, PortraitRequest, frame
+from facesnap.web.studio import MARK_METHOD, Look, Portrait, Studio, Waiting, marked
+from facesnap.web.words import likeness, sentence, unknown_words
+
+# The line -------------------------------------------------------------------------------------------------
+
+
+def test_the_line_is_fair_and_full_in_time():
+    line = Line(most=1)
+    with line.turn() as first:
+        assert first(0) == 0
+        with line.turn() as second:
+            assert second(0) == 1
+            with pytest.raises(Busy, match="The queue is full"), line.turn():
+                pass
+            with line.turn(again=True) as third:  # who is in the middle of an order is never sent away
+                assert third(0) == 2
+    with line.turn() as next_one:
+        assert next_one(0) == 0
+
+
+def test_who_used_the_line_least_goes_first(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("facesnap.web.line.time.monotonic", lambda: now[0])
+    line, greedy, other = Line(), Visitor("1.1.1.1", "a"), Visitor("2.2.2.2", "b")
+    served = line.turn(greedy)
+    assert served.__enter__()(0) == 0
+    now[0] += 5
+    with line.turn(greedy) as again, line.turn(other) as first:
+        served.__exit__(None, None, None)
+        assert again(0) == 1 and first(0) == 0 and again(0) == 1
+    with line.turn(greedy) as later:
+        assert later(0) == 0
+
+
+def test_places_are_few_for_each_session_and_each_address():
+    line = Line(most=12, each_session=1, each_address=2)
+    with line.turn(Visitor("1.1.1.1", "a")), line.turn(Visitor("1.1.1.1", "b")), line.turn(Visitor("2.2.2.2", "c")):
+        for visitor, said in ((Visitor("2.2.2.2", "c"), "You have 1"), (Visitor("1.1.1.1", "d"), "Your address has 2")):
+            with pytest.raises(Busy, match=said), line.turn(visitor):
+                pass
+
+
+def test_nobody_waits_for_what_nobody_listens_to():
+    listeners = Listeners()
+    with pytest.raises(InputError, match="Nobody listens"):
+        listeners.await_one("gone", 0.01)
+    with listeners.stream("here"):
+        listeners.await_one("here", 0.01)
+    late = threading.Thread(target=listeners.await_one, args=("late", 30))
+    late.start()
+    with listeners.stream("late"):
+        late.join(10)
+    assert not late.is_alive()
+
+
+def test_the_oldest_unheard_request_makes_room(monkeypatch):
+    monkeypatch.setattr("facesnap.web.line.MOST_UNHEARD", 2)
+    listeners, dropped = Listeners(), []
+
+    def ask(session):
+        try:
+            listeners.await_one(session, 30)
+        except InputError:
+            dropped.append(session)
+
+    threads = [threading.Thread(target=ask, args=(session,)) for session in "abc"]
+    for number, thread in enumerate(threads):
+        thread.start()
+        wait_for(lambda number=number: len(listeners._unheard) + len(dropped) == number + 1)
+    threads[0].join(10)
+    assert dropped == ["a"]
+    with listeners.stream("b"), listeners.stream("c"):
+        for thread in threads[1:]:
+            thread.join(10)
+
+
+# The studio -----------------------------------------------------------------------------------------------
+
+
+def studio_order(files, **changes) -> PortraitRequest:
+    return PortraitRequest(**{"reference": files.ann, "consent": True, "steps": 3, "seed": 1} | changes)
+
+
+def test_closing_the_generator_ends_the_worker_within_one_step_and_leaves_the_pipeline_clean(pipe, files):
+    seen = []
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(pipe, name)
+
+        def __call__(self, *args, callback_on_step_end, **kwargs):
+            def counted(pipe_, step, timestep, tensors):
+                seen.append(step)
+                tensors = callback_on_step_end(pipe_, step, timestep, tensors)
+                time.sleep(0.05)
+                return tensors
+
+            return pipe(*args, callback_on_step_end=counted, **kwargs)
+
+    making = Studio(Counted()).make(studio_order(files, steps=40))
+    assert isinstance(next(making), Look)
+    assert next(making) == Step(1, 40)
+    making.close()
+    assert len(seen) <= 3  # the first, the one under way, and the one that raised
+    done = len(seen)
+    time.sleep(0.3)
+    assert len(seen) == done and not [t for t in threading.enumerate() if t.name == "portrait"]
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_a_photo_is_kept_only_for_a_head_model_that_reads_it(pipe, files, monkeypatch):
+    analyse = pipe.face_analyser.analyse
+    monkeypatch.setattr(pipe.face_analyser, "analyse", lambda image, **_: replace(analyse(image), image=image))
+    studio = Studio(pipe)
+    assert studio.read(files.ann, "The photo").face.image is None
+    monkeypatch.setattr(type(pipe.head_model), "reads_pictures", True)
+    assert studio.read(files.ann, "The photo").face.image is not None
+
+
+def test_closing_while_waiting_leaves_the_line(pipe, files):
+    studio = Studio(pipe)
+    with studio.portraits.turn():
+        making = studio.make(studio_order(files))
+        assert [type(next(making)) for _ in range(2)] == [Look, Waiting]
+        making.close()
+    with studio.portraits.turn() as ahead:
+        assert ahead(0) == 0
+
+
+def test_the_portraits_files_go_when_they_were_taken(pipe, files):
+    making = Studio(pipe).make(studio_order(files, count=2))
+    portraits = []
+    for event in making:
+        if isinstance(event, Portrait):
+            portraits.append(event)
+            assert all(Path(portrait.path).exists() for portrait in portraits)
+    assert len(portraits) == 2 and not [p for p in portraits if Path(p.path).exists()]
+
+
+def test_all_that_crosses_to_a_borrowed_gpu_can_be_pickled_and_faces_stay_here(pipe, files):
+    """Where GPUs are lent, the denoising generator runs in a fork: arguments and results go through pickle."""
+    crossed = []
+
+    def borrowed(generator):
+        def over_there(preview, arguments):
+            crossed.append(pickle.loads(pickle.dumps((preview, arguments))))
+            for event in generator(*crossed[-1]):
+                yield pickle.loads(pickle.dumps(event))
+
+        return over_there
+
+    *_, portrait = (e.report for e in Studio(pipe, on_gpu=borrowed).make(studio_order(files)) if type(e) is Portrait)
+    preview, arguments = crossed[0]
+    assert portrait["identity_score"] is not None and len(preview.reference_faces) == 1
+    assert not [value for value in arguments.values() if isinstance(value, np.ndarray | bytes)]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(InputError("The tiny model wants a hat."), "The tiny model wants a hat."), (RuntimeError("x"), "Something went")],
+)
+def test_errors_come_back_from_a_borrowed_gpu_as_sentences(pipe, files, error, said):
+    """Of what is raised over there, `spaces` hands on the name of its type and no more."""
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(pipe, name)
+
+        def __call__(self, *args, **kwargs):
+            raise error
+
+    def borrowed(generator):
+        def over_there(*given):
+            try:
+                for event in generator(*given):
+                    yield pickle.loads(pickle.dumps(event))
+            except Exception as raised:
+                raise gr.Error(type(raised).__name__) from None
+
+        return over_there
+
+    with pytest.raises(InputError, match=said):
+        list(Studio(Failing(), on_gpu=borrowed).make(studio_order(files)))
+
+
+def test_the_hosts_own_errors_are_shown_as_text():
+    quota = gr.Error('You have exceeded your quota. <a href="https://x.test/?a=1&amp;b">Subscribe</a> for more.')
+    assert for_visitors(quota) == "You have exceeded your quota. Subscribe for more."
+
+
+def test_a_borrowed_gpu_is_asked_for_as_long_as_the_request_takes(pipe, files):
+    asked = []
+
+    def lend(generator):
+        def gpu(preview, arguments):
+            asked.append(gpu_seconds(preview, arguments))
+            yield from generator(preview, arguments)
+
+        return gpu
+
+    studio = Studio(pipe, on_gpu=lend)
+    list(studio.make(studio_order(files, steps=2)))
+    list(studio.make(studio_order(files, steps=8, count=2)))  # each picture asks anew
+    assert asked[0] < asked[1] == asked[2] < 60
+
+    wide = SimpleNamespace(drawing=np.zeros((1024, 1536, 3)))
+    square = SimpleNamespace(drawing=np.zeros((1024, 1024, 3)))
+    assert gpu_seconds(square, {"num_inference_steps": 50}) < gpu_seconds(wide, {"num_inference_steps": 50}) <= 120
+
+
+def test_limits_are_checked_in_the_handler_too(pipe, files):
+    for name, spec in SPECS.items():
+        if spec.kind == "number" and spec.high:
+            for value in (spec.low - 1, spec.high + 1, "x", float("nan"), 10**400, True):
+                with pytest.raises(InputError, match=name.replace("_", " ")):
+                    studio_order(files, **{name: value}).check(pipe)
+
+
+def test_what_programs_send_is_read_and_not_bent():
+    read = PortraitRequest.parse
+    assert read({"steps": "8", "yaw": "7.5", "seed": 8.0, "guidance": None}) == PortraitRequest(
+        steps=8, yaw=7.5, seed=8
+    )
+    assert read({"pose_photo": "a.png"}).pose == "another photo"
+    assert read({"pose_photo": "a.png", "pose": "front"}).pose == "front"
+    assert read({"steps": "eight"}).steps == "eight"  # which `check` refuses
+
+
+def test_a_pose_photo_beside_a_template_is_refused_in_words(pipe, files):
+    with pytest.raises(InputError, match='the pose is "front"'):
+        studio_order(files, pose="front", pose_photo=files.bob).check(pipe)
+
+
+def test_the_work_of_one_request_has_an_end(pipe, files):
+    studio_order(files, steps=40, count=4).check(pipe)
+    with pytest.raises(InputError, match="fewer pictures"):
+        studio_order(files, steps=50, count=4).check(pipe)
+
+
+def test_likeness_has_a_word_for_every_score_and_each_checkpoint_its_own(pipe):
+    words = [likeness(score, pipe.settings) for score in (-1.0, 0.3, 0.5, 0.9, None)]
+    assert len(set(words)) == 5 and "no face" in words[-1]
+    own = replace(pipe.settings, about={"likeness": [[0.4, "alike"], [-1, "not alike"]]})
+    assert [likeness(score, own) for score in (0.5, 0.1)] == ["alike", "not alike"]
+
+
+def test_a_small_model_names_the_words_it_has_never_seen(pipe):
+    class Captions:
+        def __len__(self):
+            return 500
+
+        def tokenize(self, word):
+            return [word] if word in ("wearing", "red") else list(word)
+
+    assert unknown_words("wearing red", Captions()) == []
+    assert "“sea”" in unknown_words("Wearing a RED hat by the sea, 42", Captions())[0]
+    assert unknown_words("anything", range(49408)) == []
+
+
+def test_a_hard_photograph_lets_others_pass_and_fails_but_once(pipe, files, monkeypatch):
+    studio, calls = Studio(pipe), []
+    analyse = pipe.face_analyser.analyse
+
+    def counted(image, *, hard=None):
+        calls.append(len(studio.readings._served))
+        with hard:
+            calls.append((len(studio.readings._served), len(studio.hard_readings._served)))
+            with studio.readings.wait():  # somebody else's photo is read meanwhile
+                raise InputError("No face was found.")
+
+    monkeypatch.setattr(pipe.face_analyser, "analyse", counted)
+    for _ in range(2):
+        with pytest.raises(InputError, match="The photo: No face"):
+            studio.read(files.faceless, "The photo")
+    assert calls == [1, (0, 1)]
+    monkeypatch.setattr(pipe.face_analyser, "analyse", analyse)
+    assert studio.read(files.ann, "The photo").face.count == 1
+
+
+def test_what_the_log_keeps_of_an_error_is_not_what_a_visitor_wrote(caplog):
+    written = "a prompt, /home/" + "me.jpg"
+    try:
+        raise RuntimeError(written)
+    except RuntimeError as error:
+        assert "number" in sentence(error)
+    assert "RuntimeError" in caplog.text and "a prompt" not in caplog.text and "me.jpg" not in caplog.text
+
+
+def test_visitors_are_told_apart_behind_a_proxy():
+    def ask(peer, forwarded=""):
+        client, headers = SimpleNamespace(host=peer), {"x-forwarded-for": forwarded} if forwarded else {}
+        return visitor_of(SimpleNamespace(client=client, headers=headers, session_hash="s")).address
+
+    assert ask("127.0.0.1") == "127.0.0.1"
+    assert ask("10.0.0.1", "6.6.6.6, 8.8.8.8, 10.0.0.7") == "8.8.8.8"  # what a caller writes stands before it
+    assert ask("8.8.8.8", "1.1.1.1") == "8.8.8.8"
+
+
+def test_styles_put_words_around_the_prompt(files):
+    words = {style.name: studio_order(files, prompt="a hat", style=style.name).words()[0] for style in STYLES}
+    assert words["no style"] == "a hat" and words["photo"] == "a photo of a person, a hat"
+    assert all("a hat" in text for text in words.values()) and len(set(words.values())) == len(STYLES)
+    assert studio_order(files, style="photo").words()[0] == "a photo of a person"
+    negative = studio_order(files, negative_prompt="rain", style="comic").words()[1]
+    assert negative.startswith("rain, ")
+
+
+@pytest.mark.parametrize(("aspect", "wanted"), [("1:1", (1024, 1024)), ("3:4", (896, 1152)), ("3:2", (1280, 832))])
+def test_aspects_keep_the_area(aspect, wanted):
+    assert frame(aspect, 1024, 64) == wanted
+
+
+# Safety and marks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Folders of a real, tiny image classifier that finds everything, or nothing, unsafe."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    def build(unsafe: float, labels=("normal", "nsfw")) -> Path:
+        config = ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32,
+            patch_size=16, id2label=dict(enumerate(labels)), label2id={label: k for k, label in enumerate(labels)},
+        )  # fmt: skip
+        model = ViTForImageClassification(config)
+        with torch.no_grad():
+            model.classifier.weight.zero_()
+            model.classifier.bias.copy_(torch.tensor([0.0, unsafe]))
+        folder = tmp_path_factory.mktemp("classifier")
+        model.save_pretrained(folder)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def test_the_safety_checker_holds_pictures_back(classifier, pipe, files):
+    picture = Image.new("RGB", (64, 64), "grey")
+    safety.load(classifier(-9.0))(picture)
+    for unsafe in (9.0, float("nan")):
+        with pytest.raises(InputError, match="held this portrait back"):
+            safety.load(classifier(unsafe))(picture)
+    with pytest.raises(InputError, match="held this portrait back"):
+        list(Studio(pipe, allowed=safety.load(classifier(9.0))).make(studio_order(files)))
+    with pytest.raises(InputError, match="no label 'nsfw'"):
+        safety.load(classifier(0.0, labels=("cat", "dog")))
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_mini", "on"),
+    [
+        ({}, False, False),
+        ({}, True, False),
+        ({"SPACE_ID": "me/space"}, True, False),
+        ({"SPACE_ID": "me/space"}, False, True),
+        ({"GRADIO_SERVER_NAME": "0.0.0.0"}, False, True),
+        ({"GRADIO_SHARE": "True"}, False, True),
+        ({"GRADIO_ROOT_PATH": "/facesnap"}, False, True),
+        ({"GRADIO_SERVER_NAME": "0.0.0.0", "FACESNAP_SAFETY": "off"}, False, False),
+        ({"FACESNAP_SAFETY": "on"}, True, True),
+    ],
+)
+def test_the_safety_checker_is_on_in_public_and_fails_closed(monkeypatch, tmp_path, environment, is_mini, on):
+    for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE", "GRADIO_ROOT_PATH", "FACESNAP_SAFETY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(safety, "MODEL", str(tmp_path))  # a folder without a model: it cannot be loaded
+    if not on:
+        safety.checker(is_mini=is_mini)(Image.new("RGB", (8, 8)))
+    else:
+        with pytest.raises(InputError, match="nothing is served in public"):
+            safety.checker(is_mini=is_mini)
+
+
+def watermark(picture) -> bytes:
+    from imwatermark import WatermarkDecoder
+
+    return WatermarkDecoder("bytes", 64).decode(np.ascontiguousarray(np.asarray(picture)[..., ::-1]), MARK_METHOD)
+
+
+def test_the_invisible_watermark_can_be_read_back():
+    pytest.importorskip("imwatermark", reason="invisible-watermark is not installed, and is optional")
+    photos = [Image.open(path).convert("RGB") for path in sorted((server.ASSETS / "examples").glob("*.png"))]
+    plain = Image.new("RGB", (256, 256), "#2050f0")  # smooth and strongly coloured, where marks are lost
+    for picture in (*photos, photos[0].resize((512, 640)), plain):
+        after = marked(picture)
+        assert watermark(after) == b"FaceSnap"
+        change = np.abs(after.astype(int) - np.asarray(picture))
+        assert 0 < change.mean() < 3 and change.max() < 60
+    assert np.array_equal(marked(picture.resize((64, 64))), picture.resize((64, 64)))  # too small to hold it

@@ -134,7 +134,7 @@ def visit(browser, page):
 
     def visit(width: int = 1280, **options):
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        context.set_default_timeout(120_000)
+        context.set_default_timeout(int(os.environ.get("FACESNAP_PATIENCE", 120_000)))
         contexts.append(context)
         tab = context.new_page()
         tab.on("pageerror", lambda error: faults.append(str(error)))

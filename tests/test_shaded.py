@@ -11,7 +11,7 @@ from facesnap import shaded, templates
 from facesnap.errors import InputError
 from facesnap.geometry import letterbox
 from facesnap.heads import LinearHeadModel
-from page import views
+from facesnap.web import views
 from facesnap.web.request import PortraitRequest
 from facesnap.web.studio import Studio
 

@@ -28,7 +28,7 @@ from facesnap.synthetic.dataset import load_people
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 
-# By the scorer, measured on 120 held-out people: two true photos of one person all reach 0.6; of two of strangers 0.01 %
+# By the scorer, measured on 120 held-out people: two true photos of one person all reach 0.6; of two of strangers 0.01%
 # do, 0.5 % reach 0.45 and 4 % reach 0.3. The words hold for photographs as well, which become rendered people.
 LIKENESS = [
     [0.6, "a close likeness, as rendered people go"],

@@ -83,8 +83,6 @@ class Events:
         self.look, self.room = look, room
         prompt = inputs["prompt"]
         prompt.change(self.show_unknown, prompt, form.unknown, trigger_mode="always_last", **AT_ONCE)
-        # What was said about the last request is not about the next one.
-        gr.on([box.input for box in inputs.values() if hasattr(box, "input")], js="window.facesnap.changed", **AT_ONCE)
 
     def _wire_portraits(self) -> None:
         form, inputs = self.form, self.form.inputs

@@ -11,28 +11,28 @@ window.facesnap = {
       const words = settings.prompt ? `${settings.style}, ${settings.prompt}` : settings.style;
       fresh.push({
         settings: {...settings, url},
-        tile: {image: {path: own, url: own, meta: {_type: "gradio.FileData"}}, caption: `${words}, seed ${settings.seed}`},
+        tile: {image: {path: "", url: own, meta: {_type: "gradio.FileData"}}, caption: `${words}, seed ${settings.seed}`},
       });
     }
+    if (fresh.length) this.show();
     const tiles = [...fresh.map((one) => one.tile), ...(session ?? [])].slice(0, 24);
     return [tiles, [...fresh.map((one) => one.settings), ...(kept ?? [])].slice(0, 24)];
   },
 
-  // A complaint goes when something is changed.
-  changed() {
-    document.querySelector("#status .fs-error")?.setAttribute("hidden", "");
-  },
-
-  // When the work begins and the result is out of sight, it is brought into view.
+  // When the work begins, the result is brought into view; when it was over at once, then.
   began() {
-    setTimeout(() => {
-      const result = document.querySelector("#result");
-      if (!document.querySelector("#status progress[value='0']") || !result) return;
-      const {top, bottom} = result.getBoundingClientRect();
-      if (top < 0 || Math.min(bottom, top + 240) > innerHeight) result.scrollIntoView({behavior: "smooth", block: "start"});
-    }, 60);
+    setTimeout(() => document.querySelector("#status progress[value='0']") && this.show(), 60);
+  },
+  show() {
+    const result = document.querySelector("#result"), {top} = result.getBoundingClientRect();
+    if (top < 0 || top + (innerWidth > 900 ? 240 : 400) > innerHeight) result.scrollIntoView({behavior: "smooth", block: "start"});
   },
 };
+
+// What was said about the last request is not about the next one: a complaint goes when something is changed.
+for (const kind of ["input", "change"]) {
+  document.addEventListener(kind, () => document.querySelector("#status .fs-error")?.setAttribute("hidden", ""));
+}
 
 // Gradio names every radio button otherwise; of one name they are one group, which Tab enters once and arrows go through.
 const group = () => document.querySelectorAll("fieldset").forEach((set) => {

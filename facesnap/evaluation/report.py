@@ -3,13 +3,9 @@
 A figure without its command, commit, weights and machine cannot be repeated, so every report carries them.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,17 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LIBRARIES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "insightface",
-    "onnxruntime",
-    "numpy",
-    "opencv-python",
-    "numba",
-)
-
+from facesnap.provenance import commit, fingerprint, libraries, machine
 
 # ------------------------------------------------------------------------------------ where it comes from
 
@@ -40,67 +26,14 @@ def provenance(model: str) -> dict:
         "commit": commit(),
         "model": {"name": model, "version": fingerprint(Path(model))},
         "machine": machine(),
-        "libraries": {"python": platform.python_version(), **{n: _version(n) for n in LIBRARIES}},
+        "libraries": libraries(),
     }
-
-
-def commit() -> str:
-    """The commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a
-    repository."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or an installed package
-        return "unknown"
-
-
-def fingerprint(folder: Path) -> str:
-    """Twelve digits that change with any weight or setting: a hash over the names and contents of all
-    files."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise FileNotFoundError(f"no model in {folder}: give the folder of a checkpoint, for example assets/mini")
-    for path in files:
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def machine() -> dict:
-    """Processor, cores this process may use, memory (GB)."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, object] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": name,
-        "cores": cores,
-    }
-    if hasattr(os, "sysconf"):
-        found["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    return found
 
 
 def peak_memory_gb() -> float:
     """The most memory this process ever held (GB): model, face pack, scorer and renderer together."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, kilobytes on Linux
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 # -------------------------------------------------------------------------------------------- going on

@@ -41,10 +41,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from facesnap.errors import InputError, reading
-from facesnap.evaluation.report import commit, fingerprint, machine
 from facesnap.ffrnet import VARIANTS
 from facesnap.folder import KINDS, local_folder, read_weights
 from facesnap.pipeline import FaceSnapPipeline
+from facesnap.provenance import commit, fingerprint, machine
 from facesnap.training.identity import IdentityConfig, IdentityLoss, IResNet
 from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
 from facesnap.training.portraits import LEARN, Cache, LossConfig, PortraitStage, Stream

@@ -239,8 +239,9 @@ def picture(
 
 def train(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
     """A step of the trainer, and the loss that it gave."""
+    from facesnap.training.processes import make_accelerator
     from facesnap.training.train import TrainConfig, make_stage
-    from facesnap.training.trainer import Trainer, make_accelerator
+    from facesnap.training.trainer import Trainer
 
     side = size.side // 2
     run = folder / "run"

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
 from facesnap.evaluation.report import commit, fingerprint, machine  # noqa: E402
-from facesnap.mini.portraits import diffusion_stage, load_parts  # noqa: E402
+from facesnap.mini.joint import load_parts  # noqa: E402
+from facesnap.mini.portraits import portrait_stage  # noqa: E402
 from facesnap.mini.recipe import Run  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
@@ -38,8 +39,8 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> di
     identity = IdentityConfig(
         str(args.recogniser), weight=args.weight, steps=args.branch_steps, every=args.every, samples=args.samples
     )
-    stage = diffusion_stage(run, load_parts(args.model), joint=False, identity=identity if arm == "with" else None)
-    stage.batch_size = args.batch
+    options = {"identity": identity} if arm == "with" else {}
+    stage = portrait_stage(run, load_parts(args.model), batch_size=args.batch, **options)
     config = TrainerConfig(
         folder / "run", steps=args.steps, optimiser="muon", lr=args.lr, betas=(0.9, 0.98), ema=0.99, warmup=30,
         hold=0.5, seed=seed, device=args.device, log_every=max(1, min(20, args.steps)), sheet_every=0,
@@ -48,7 +49,7 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> di
     trainer.train()
     pipe = FaceSnapPipeline.from_pretrained(args.model)
     with trainer.averaged():
-        for name, module in stage.parts.ours().items():
+        for name, module in stage.modules().items():
             getattr(pipe, name).load_state_dict(module.state_dict())
     pipe.save_pretrained(folder / "model", dtype=torch.float16)
     for file in (args.model / "scorer").glob("attributes*"):  # the evaluation's judges of the text
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--weight", type=float, default=0.5, help="λ")
+    parser.add_argument("--weight", type=float, default=0.25, help="λ")
     parser.add_argument("--branch-steps", type=int, default=4)
     parser.add_argument("--every", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8, help="of each batch that the identity loss sees")

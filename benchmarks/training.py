@@ -45,9 +45,11 @@ from facesnap.evaluation.report import commit, machine  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
-from facesnap.training.identity import Block, IdentityLoss, IResNet  # noqa: E402
+from facesnap.training.conditions import Cache, Photographs  # noqa: E402
+from facesnap.training.identity import IdentityLoss  # noqa: E402
+from facesnap.training.iresnet import Block, IResNet  # noqa: E402
 from facesnap.training.losses import add_noise, diffusion_target  # noqa: E402
-from facesnap.training.portraits import Cache, PortraitStage, what_learns  # noqa: E402
+from facesnap.training.portraits import PortraitStage, what_learns  # noqa: E402
 from facesnap.training.trainer import Batch, Trainer, TrainerConfig  # noqa: E402
 
 PARTS = ("speed", "operations", "memory", "cards")
@@ -120,7 +122,8 @@ def batches(size: int, count: int) -> Iterator[Batch]:
 
 def our_step(model: str, out: Path) -> Callable[[Batch], None]:
     """One step of the trainer, as `facesnap.training.train` makes it."""
-    stage = PortraitStage(FaceSnapPipeline.from_pretrained(model), lambda *_: (), text_cache=Cache(out / "texts"))
+    pipe = FaceSnapPipeline.from_pretrained(model)
+    stage = PortraitStage(pipe, Photographs(pipe, lambda *_: (), text_cache=Cache(out / "texts")))
     trainer = Trainer(stage, TrainerConfig(out, steps=10**6, precision="fp32"))
     return lambda batch: trainer.update(batch)
 

@@ -9,7 +9,7 @@ import pytest
 # bfloat16 convolutions.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest_plugins = ["served"]  # the fixtures of the page
+pytest_plugins = ["served", "tiny_people"]  # the fixtures of the page and of the mini
 
 
 @pytest.fixture(scope="session")

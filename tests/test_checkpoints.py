@@ -35,7 +35,8 @@ from facesnap.folder import BASE_PARTS
 from facesnap.instantid import InstantIDPipeline
 from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline
-from facesnap.training.train import read_config, run
+from facesnap.training.config import read_config
+from facesnap.training.train import run
 
 HEAD = MINI / "head"
 

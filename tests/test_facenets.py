@@ -260,7 +260,7 @@ def test_killed_training_goes_on_where_it_was(faces, tmp_path):
         for part in (*parts, steps):
             here = stage()
             trainer = Trainer(here, TrainerConfig(out, steps=steps, checkpoint_every=1, sheet_every=0))
-            with contextlib.closing(trainer._batches()) as batches:
+            with contextlib.closing(here.stream(trainer.step, 0)) as batches:
                 while trainer.step < part:
                     trainer.update(next(batches))
                     trainer.checkpoint()

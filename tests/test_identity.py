@@ -21,7 +21,8 @@ from facesnap.mini.checkpoint import store_half
 from facesnap.mini.nets.landmarks import LandmarkNet, export_landmarks
 from facesnap.mini.nets.recogniser import RECOGNISERS, RecogniserNet, export_recogniser
 from facesnap.training import identity
-from facesnap.training.identity import IdentityLoss, IResNet, crop_faces, crop_to_picture
+from facesnap.training.identity import IdentityLoss, crop_faces, crop_to_picture
+from facesnap.training.iresnet import IResNet
 from facesnap.training.losses import predicted_latents
 
 # ------------------------------------------------------------------------------------------- φ from ONNX

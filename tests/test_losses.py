@@ -118,18 +118,3 @@ def test_timesteps_cover_the_range_and_follow_the_generator():
     t = draw()
     assert sorted((t // 100).tolist()) == list(range(10))
     assert torch.equal(t, draw())
-
-
-def test_a_tenth_of_the_texts_is_dropped_with_its_pooled_form():
-    tokens, pooled = torch.ones(4000, 3, 2), torch.ones(4000, 5)
-    generator = torch.Generator().manual_seed(0)
-    tokens, pooled = losses.drop_text(tokens, pooled, torch.zeros(3, 2), torch.zeros(5), 0.1, generator)
-    gone = tokens[:, 0, 0] == 0
-    assert 0.08 < gone.float().mean() < 0.12
-    assert torch.equal(gone, pooled[:, 0] == 0) and (tokens[gone] == 0).all() and (tokens[~gone] == 1).all()
-
-
-def test_identity_loss_is_one_minus_cosine_at_any_length():
-    a = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    b = torch.tensor([[5.0, 0.0], [1.0, 0.0]])
-    assert losses.identity_loss(a, b).item() == pytest.approx(0.5)

@@ -25,8 +25,9 @@ from facesnap.mini.nets.recogniser import RecogniserNet, export_recogniser
 from facesnap.mixer import VARIANTS as MIXERS
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.training import train
+from facesnap.training.config import read_config
 from facesnap.training.portraits import PortraitStage
-from facesnap.training.train import read_config, run
+from facesnap.training.train import run
 from facesnap.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(start, tmp_pat
     assert [line[3] is not None for line in losses(tmp_path / "whole")] == [True, False, True, False, True]
     for a, b in zip(whole.parameters, again.parameters, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(whole.average.values, again.average.values, strict=True):
+    for a, b in zip(whole.average.shadow_params, again.average.shadow_params, strict=True):
         assert torch.equal(a, b)
     assert len(list((tmp_path / "whole").glob("checkpoint-*"))) == 2  # keep
 
@@ -142,7 +143,7 @@ def test_what_a_run_leaves_is_a_facesnap(start, tmp_path):
     pipe = FaceSnapPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     began = FaceSnapPipeline.from_pretrained(start / "model")
-    for name, value in zip(trainer.names, trainer.average.values, strict=True):
+    for name, value in zip(trainer.names, trainer.average.shadow_params, strict=True):
         part, _, parameter = name.partition(".")
         assert torch.equal(dict(getattr(pipe, part).named_parameters())[parameter], value), name
     assert not torch.equal(pipe.mixer.w_out.weight, began.mixer.w_out.weight)
@@ -216,12 +217,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(start, tmp_path):
     ("given", "sentence"),
     [
         (["lerning_rate=1"], "no key lerning_rate"),
-        (["identity.wieght=1"], "no key identity.wieght: did you mean identity.weight"),
-        (["steps=many"], "steps is 'many': it must be of type int"),
+        (["identity.wieght=1"], "no key identity.wieght: did you mean 'identity.weight'"),
+        (["steps=many"], "steps is 'many': input should be a valid integer"),
         (["identity=3"], "identity is a section"),
         (["steps"], "'steps' is no key=value"),
         (["identity.steps=9"], "choose 1 to 8"),
         (["precision=fp8"], "precision 'fp8' is not known"),
+        (["loss.weighting=heavy"], "loss.weighting 'heavy' is not known; choose none, min_snr, capped_snr"),
+        (["betas=[0.9]"], "betas.1 is .*field required"),
         (["learn=half"], "learn 'half' is not known; choose all, light"),
         (["trackers=[mlflow]"], "tracker 'mlflow' is not known"),
     ],
@@ -328,7 +331,7 @@ def test_caches_give_the_same_loss_without_the_encoders(start, tmp_path, monkeyp
     assert torch.equal(one_loss(stage), first)
     assert first.item() == pytest.approx(fly.item(), rel=1e-2)  # latents are kept in bfloat16
     with pytest.raises(AssertionError, match="asked though"):  # pictures that are augmented are new each time
-        stage.latent_cache = None
+        stage.source.latent_cache = None
         one_loss(stage)
 
 
@@ -442,6 +445,9 @@ def test_the_identity_part_has_the_weight_it_is_given(start, tmp_path):
         loss, logs = stage.loss(batch(0, 0, 2), 0, torch.Generator().manual_seed(1))
         found[weight] = float(loss)
         assert float(loss) == pytest.approx(float(logs["masked"] + weight * logs["identity"]), rel=1e-5)
+    every = stage_of(start, tmp_path, identity__every=3, identity__weight=0.5, **with_identity(start))
+    loss, logs = every.loss(batch(0, 0, 2), 0, torch.Generator().manual_seed(1))
+    assert float(loss) == pytest.approx(float(logs["masked"] + 3 * 0.5 * logs["identity"]), rel=1e-5)
     few = stage_of(start, tmp_path, identity__samples=1, **with_identity(start))
     _, logs = few.loss(batch(0, 0, 2), 0, torch.Generator().manual_seed(1))
     assert found[2.0] > found[0.5] and logs["each"].shape == (2,)

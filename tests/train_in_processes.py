@@ -10,8 +10,10 @@ from tiny import TinyAnalyser, TinyScorer
 from tiny_batches import stream
 
 import facesnap.folder
-from facesnap.training.train import export, make_stage, read_config, record
-from facesnap.training.trainer import Trainer, keep_inputs, make_accelerator
+from facesnap.training.config import read_config
+from facesnap.training.processes import keep_inputs, make_accelerator
+from facesnap.training.train import export, make_stage, record
+from facesnap.training.trainer import Trainer
 
 
 def shard(accelerator) -> None:
@@ -39,7 +41,7 @@ def steps_in_pieces(overrides: list[str], count: int) -> None:
     shard(accelerator)
     stage = make_stage(config, stream(count), accelerator.device)
     trainer = Trainer(stage, config.trainer(), accelerator)
-    batches = trainer._batches()
+    batches = stage.stream(0, config.seed)
     for _ in range(config.steps):
         trainer._log({key: float(value) for key, value in trainer.update(next(batches)).items()}, 1.0)
 

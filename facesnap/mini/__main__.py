@@ -39,6 +39,7 @@ import cv2
 import torch
 
 from facesnap.mini import checkpoint, portraits, recipe
+from facesnap.mini.joint import WIDTHS
 from facesnap.mini.recipe import NETS, Run
 
 Stage = Callable[[Run, float], None]
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         "--steps", type=int, help=f"of {', '.join(BY_STEPS[:-1])} or {BY_STEPS[-1]}, instead of minutes"
     )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS, help="of stage faces")
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="of the UNet of stage joint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes for rendering and face analysis")
     parser.add_argument("--people", type=int, default=4000)
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(
         work=args.work, out=args.out, data=args.data or args.work / "people", device=args.device, people=args.people,
         per_person=args.per_person, workers=args.workers, steps=args.steps, nets=tuple(args.nets),
+        widths=tuple(args.widths),
     )  # fmt: skip
     for stage in ALL if args.all else [STAGES[args.stage]]:
         started = time.monotonic()

@@ -15,15 +15,13 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from facesnap.faces import FaceAnalyser, Recogniser, five_points
-from facesnap.folder import Settings
 from facesnap.heads import LinearHeadModel
 from facesnap.mini import features as feats
-from facesnap.mini.joint import Parts, make_scheduler
+from facesnap.mini.joint import PARTS, load_parts, make_pipe
 from facesnap.mini.nets import face_encoder as clip
-from facesnap.mini.portraits import latest, load_parts
-from facesnap.mini.recipe import SIZE, Run
+from facesnap.mini.portraits import latest
+from facesnap.mini.recipe import Run
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.pipeline import FaceSnapPipeline
 from facesnap.synthetic.dataset import load_people
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
@@ -49,7 +47,7 @@ def unpack(run: Run, minutes: float) -> None:
     for name in ("vae", "face_encoder", "face_pack", "head", "scorer", "tokenizer"):
         if (run.out / name).is_dir():
             shutil.copytree(run.out / name, run.work / name, dirs_exist_ok=True)
-    for name in Parts.__dataclass_fields__:
+    for name in PARTS:
         shutil.copytree(run.out / name, run.work / "start" / name, dirs_exist_ok=True)
 
 
@@ -96,39 +94,27 @@ def refit(layer: nn.Linear, old: np.ndarray, new: np.ndarray) -> float:
 def assemble(run: Run, minutes: float) -> None:
     """The checkpoint folder: fp16 weights, fp32 text encoders, no file over 10 MB."""
     last = latest(run, "consistency", "identity", "facesnap", "joint")
-    parts = load_parts(last)
     encoder = next(place / "face_encoder" for place in (last, run.work) if (place / "face_encoder").is_dir())
     known = load_people(run.data)
     scorer = run.work / "scorer" / "recogniser.onnx"
-    pipe = FaceSnapPipeline(
-        vae=AutoencoderKL.from_pretrained(run.work / "vae"),
-        text_encoder=parts.text_encoder,
-        text_encoder_2=parts.text_encoder_2,
-        tokenizer=parts.tokenizer,
-        tokenizer_2=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=make_scheduler(),
-        mixer=parts.mixer,
-        ffrnet=parts.ffrnet,
+    about = {
+        "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
+        "stage": last.name,
+        "license": "Apache-2.0",
+        "hint": HINT,
+        "likeness": LIKENESS,
+        "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of web.request
+        "diffusers": importlib.metadata.version("diffusers"),
+    }
+    pipe = make_pipe(
+        AutoencoderKL.from_pretrained(run.work / "vae"),
+        load_parts(last),
+        about,
         face_encoder=CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32),
         face_analyser=FaceAnalyser(run.work / "face_pack"),
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,
-        settings=Settings(
-            name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0,
-            same_person=0.47,  # renders: 0.2 % of strangers pass, nobody fails; photographs lie closer together
-            saturation=0.6,  # chosen on seven photographs; of renders it changes next to nothing
-            about={
-                "people": f"rendered, version {known.version}, {len(np.unique(known.person))} people",
-                "stage": last.name,
-                "license": "Apache-2.0",
-                "hint": HINT,
-                "likeness": LIKENESS,
-                "styles": ["photo", "black and white", "pencil sketch", "watercolor", "oil painting"],  # of web.request
-                "diffusers": importlib.metadata.version("diffusers"),
-            },
-        ),
-    )  # fmt: skip
+    )
     pipe.save_pretrained(run.out, dtype=torch.float16, max_shard_size="9MB")
     for file in (run.work / "scorer").glob("attributes*"):  # the evaluation's judges, see evaluation/scorer.py
         shutil.copy(file, run.out / "scorer" / file.name)

@@ -16,10 +16,11 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 from tqdm import tqdm
 
 from facesnap.errors import InputError
-from facesnap.faces import FaceAnalyser
+from facesnap.faces import FaceAnalyser, align, five_points
 from facesnap.heads import LinearHeadModel, from_pretrained
 from facesnap.heads.regressor import ShapeRegressor
 from facesnap.mini.augment import Backgrounds, as_photograph
@@ -55,7 +56,7 @@ def _one_core(cores: list[int]) -> None:
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
-def _analyse(job: tuple[Path, Path, Path, np.ndarray, bool]) -> list[tuple[int, Any]]:
+def look_at(job: tuple[Path, Path, Path, np.ndarray, bool]) -> list[tuple[int, Any]]:
     data, pack, head, rows, photographed = job
     cv2.setNumThreads(1)
     people = load_people(data, held_out=True)
@@ -117,11 +118,11 @@ def analyse_people(
 
     def results() -> Iterator[list]:
         if workers == 1:
-            yield from map(_analyse, jobs)
+            yield from map(look_at, jobs)
         else:
             cores = sorted(os.sched_getaffinity(0))
             with multiprocessing.get_context("spawn").Pool(workers, _one_core, (cores,)) as pool:
-                yield from pool.imap_unordered(_analyse, jobs)
+                yield from pool.imap_unordered(look_at, jobs)
 
     for part in tqdm(results(), total=len(jobs), unit="part"):
         for row, told in part:
@@ -203,3 +204,16 @@ def make_head_model(people: int = 1500, *, identities: int = 40, first: int = 50
         distance=CAMERA,
         name="rendered people",
     )
+
+
+def phi_of(recogniser: nn.Module, people: People, features: Features, *, few: int = 32) -> np.ndarray:
+    """φ's unit embedding of every picture in which the analyser found a face (N, 512); zeros for the others."""
+    out = np.zeros((len(people), 512), np.float32)
+    rows = np.flatnonzero(features.found)
+    for start in range(0, len(rows), few):
+        some = rows[start : start + few]
+        crops = [align(people.images[int(row)], five_points(features.points68[row])) for row in some]
+        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+        with torch.no_grad():
+            out[some] = nn.functional.normalize(recogniser(pixels).float()).numpy()
+    return out

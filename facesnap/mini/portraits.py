@@ -2,94 +2,69 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedDataParallelKwargs
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
 from facesnap.faces import Recogniser
 from facesnap.ffrnet import FFRNet
 from facesnap.mini import augment
-from facesnap.mini import features as feats
 from facesnap.mini.consistency import ConsistencyStage, embeddings_of
+from facesnap.mini.features import Features, phi_of
 from facesnap.mini.joint import (
     CONTROL_WIDTHS,
-    PREDICTION,
-    Parts,
-    SheetStage,
+    JointStage,
+    load_parts,
     make_mixer,
-    make_scheduler,
+    make_pipe,
     make_unet,
-    phi_of,
+    save_parts,
 )
+from facesnap.mini.kept import KeptConfig, KeptFeatures, Looks
 from facesnap.mini.nets import face_encoder as clip
 from facesnap.mini.nets.tokenizer import make_text_encoders
-from facesnap.mini.recipe import FACTOR, SIZE, Run, save_array
-from facesnap.mixer import FacialAttributeMixer
+from facesnap.mini.recipe import FACTOR, Run, save_array
 from facesnap.synthetic.dataset import load_people
-from facesnap.training.identity import IdentityConfig, IdentityLoss, IResNet
-from facesnap.training.trainer import Stage, Trainer, TrainerConfig, make_accelerator, write_whole
+from facesnap.training.checkpointing import write_whole
+from facesnap.training.identity import IdentityConfig, IdentityLoss
+from facesnap.training.iresnet import IResNet
+from facesnap.training.portraits import LossConfig, PortraitStage
+from facesnap.training.processes import make_accelerator
+from facesnap.training.trainer import Stage, Trainer, TrainerConfig
+
+# the noisiest half of the steps keeps its weight: there the picture is decided by what the model is told
+LOSS = LossConfig(weighting="capped_snr", features=2.0)
+JOINT = LossConfig(weighting="capped_snr", features=2.0, background=0.5)
+# λ 0.25, counted twice at every second step; a rendered target is known, and the branch is asked for it too
+IDENTITY = {"weight": 0.25, "steps": 2, "most_steps": 8, "every": 2, "samples": 16}
+BRANCH = 0.25
 
 
 def joint(run: Run, minutes: float) -> None:
-    if (run.work / "start").is_dir():
-        return _diffusion(run, "joint", load_parts(run.work / "start"), minutes, lr=1.5e-3)
-    torch.manual_seed(1)
-    tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
-    text, _ = make_text_encoders(tokenizer)
-    text_2 = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip")
-    token_dim = text.config.hidden_size + text_2.config.hidden_size
-    pooled_dim = text_2.config.projection_dim
-    latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
-    unet = make_unet(latents.shape[1], latents.shape[2], token_dim, pooled_dim)
-    ffrnet = FFRNet.from_unet(
-        unet,
-        vae_scale_factor=FACTOR,
-        conditioning_embedding_out_channels=CONTROL_WIDTHS,
-        load_weights_from_unet=False,
-    )
-    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
-    parts = Parts(unet, text, text_2, tokenizer, make_mixer(vision.config.hidden_size, token_dim, pooled_dim), ffrnet)
-    _diffusion(run, "joint", parts, minutes, lr=2.5e-3, embed=False)
+    """Everything together, from nothing, or from the parts that `unpack` left."""
+    start = run.work / "start"
+    parts = load_parts(start) if start.is_dir() else new_parts(run)
+    stage = portrait_stage(run, parts, joint=True, keep_controls=start.is_dir())
+    teach(run, "joint", stage, minutes, lr=1.5e-3 if start.is_dir() else 2.5e-3)
 
 
 def facesnap(run: Run, minutes: float) -> None:
-    _diffusion(run, "facesnap", load_parts(run.work / "joint"), minutes, lr=1e-3)
+    """The paper's training: the base is frozen."""
+    stage = portrait_stage(run, load_parts(latest(run, "joint", "start")))
+    teach(run, "facesnap", stage, minutes, lr=1e-3)
 
 
 def identity(run: Run, minutes: float) -> None:
     """The paper's training with both losses, from where the last stage left off."""
-    start = latest(run, "facesnap", "joint", "start")
-    config = IdentityConfig(str(run.work / "faces" / "recogniser_B.onnx"), every=2, samples=16)
-    _diffusion(run, "identity", load_parts(start), minutes, lr=5e-4, identity=config)
-
-
-def _diffusion(
-    run: Run,
-    name: str,
-    parts: Parts,
-    minutes: float,
-    *,
-    lr: float,
-    embed: bool = True,
-    identity: IdentityConfig | None = None,
-) -> None:
-    """`embed`: the control pictures' embedding has learned before; it stays frozen and its output is kept."""
-    stage = diffusion_stage(run, parts, joint=name == "joint", identity=identity, embed=embed)
-    trainer = _trainer(run, name, stage, minutes, lr=lr)
-    begun = trainer.step
-    trainer.train()
-    if not trainer.accelerator.is_main_process:
-        return
-    with trainer.averaged():
-        write_whole(run.work / name, lambda draft: save_parts(parts, draft))
-    for stale in ("consistency", "consistency_run") if trainer.step > begun else ():  # they began from other parts
-        shutil.rmtree(run.work / stale, ignore_errors=True)
+    config = IdentityConfig(str(run.work / "faces" / "recogniser_B.onnx"), **IDENTITY)
+    stage = portrait_stage(run, load_parts(latest(run, "facesnap", "joint", "start")), identity=config)
+    teach(run, "identity", stage, minutes, lr=5e-4)
 
 
 def consistency(run: Run, minutes: float) -> None:
@@ -99,17 +74,18 @@ def consistency(run: Run, minutes: float) -> None:
     rows = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
     recogniser = Recogniser(run.work / "face_pack" / "recogniser.onnx")
     of_what = recogniser.path.read_bytes() + known.person[rows].tobytes() + known.index[rows].tobytes()
-    cached = run.work / f"looks-{hashlib.sha256(of_what).hexdigest()[:12]}.npy"
-    if not cached.exists():
-        save_array(cached, embeddings_of(recogniser, augment.load(run.data), rows))
+    looks = _kept(
+        run.work / f"looks-{hashlib.sha256(of_what).hexdigest()[:12]}.npy",
+        lambda: embeddings_of(recogniser, augment.load(run.data), rows),
+    )
     encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
-    looks = np.load(cached)
-    stage = ConsistencyStage(encoder, parts.mixer, known, rows, *clip.crops_of(known, rows), looks)
+    stage = ConsistencyStage(encoder, parts["mixer"], known, rows, *clip.crops_of(known, rows), looks)
     trainer = _trainer(run, "consistency", stage, minutes, lr=1e-3)
     trainer.train()
+    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae"), parts)
 
     def save(draft: Path) -> None:
-        save_parts(parts, draft)
+        save_parts(pipe, draft)
         encoder.save_pretrained(draft / "face_encoder")
 
     if trainer.accelerator.is_main_process:
@@ -117,9 +93,18 @@ def consistency(run: Run, minutes: float) -> None:
             write_whole(run.work / "consistency", save)
 
 
-def latest(run: Run, *stages: str) -> Path:
-    """The folder of the first of `stages` that has been trained."""
-    return next(run.work / name for name in stages if (run.work / name / "unet").is_dir())
+def teach(run: Run, name: str, stage: PortraitStage, minutes: float, *, lr: float) -> None:
+    """Train a stage to its end and keep its parts in `work/name`; what a later stage made of other parts goes."""
+    trainer = _trainer(run, name, stage, minutes, lr=lr)
+    begun = trainer.step
+    trainer.train()
+    if not trainer.accelerator.is_main_process:
+        return
+    with trainer.averaged():
+        write_whole(run.work / name, lambda draft: save_parts(stage.pipe, draft))
+    if trainer.step > begun:
+        for stale in ("consistency", "consistency_run"):
+            shutil.rmtree(run.work / stale, ignore_errors=True)
 
 
 def _trainer(run: Run, name: str, stage: Stage, minutes: float, *, lr: float) -> Trainer:
@@ -128,59 +113,88 @@ def _trainer(run: Run, name: str, stage: Stage, minutes: float, *, lr: float) ->
         ends = {"steps": run.steps, "checkpoint_every": 200, "sheet_every": 200}
     config = TrainerConfig(
         run.work / f"{name}_run", optimiser="muon", lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
-        ema=0.99, warmup=60, hold=0.5, device=run.device, log_every=20, **ends,
+        ema=0.999, warmup=60, hold=0.5, device=run.device, log_every=20, gradients_every=200, **ends,
     )  # fmt: skip
-    # of CLIP's last layers nothing is read
-    unread = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Trainer(stage, config, make_accelerator(config, kwargs_handlers=[unread]))
+    return Trainer(stage, config, make_accelerator(config, find_unused=True))  # of CLIP's last layers nothing is read
 
 
-def _fingerprint(module: nn.Module) -> str:
-    weights = b"".join(value.detach().float().numpy().tobytes() for value in module.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:12]
+def new_parts(run: Run) -> dict[str, Any]:
+    """Everything that stage joint teaches, with random weights; the second text encoder is the face encoder's."""
+    torch.manual_seed(1)
+    tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
+    text, _ = make_text_encoders(tokenizer)
+    text_2 = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip")
+    token_dim = text.config.hidden_size + text_2.config.hidden_size
+    pooled_dim = text_2.config.projection_dim
+    latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
+    unet = make_unet(latents.shape[1], latents.shape[2], token_dim, pooled_dim, run.widths)
+    ffrnet = FFRNet.from_unet(
+        unet,
+        vae_scale_factor=FACTOR,
+        conditioning_embedding_out_channels=CONTROL_WIDTHS,
+        load_weights_from_unet=False,
+    )
+    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
+    mixer = make_mixer(vision.config.hidden_size, token_dim, pooled_dim)
+    return {"unet": unet, "text_encoder": text, "text_encoder_2": text_2, "tokenizer": tokenizer, "mixer": mixer,
+            "ffrnet": ffrnet}  # fmt: skip
 
 
-def diffusion_stage(
-    run: Run, parts: Parts, *, joint: bool, identity: IdentityConfig | None = None, embed: bool = True
-) -> SheetStage:
-    """The stage over the features that lie in the work folder; `identity` adds equation 4."""
+def portrait_stage(
+    run: Run,
+    parts: dict[str, Any],
+    *,
+    joint: bool = False,
+    identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)
+    keep_controls: bool = True,
+    batch_size: int = 32,
+) -> PortraitStage:
+    """The stage over the features that lie in the work folder; `identity` adds equation 4.
+
+    keep_controls: the control pictures' embedding has learned before; it stays frozen and its output is kept.
+    """
     place = run.work / "features"
-    known, found = load_people(run.data), feats.Features.load(place / "faces")
-    vae = AutoencoderKL.from_pretrained(run.work / "vae").eval()
-    options: dict = {}
-    if identity is not None and identity.recogniser is not None:
-        phi = IResNet.from_onnx(identity.recogniser)
-        cached = place / f"phi-{hashlib.sha256(Path(identity.recogniser).read_bytes()).hexdigest()[:12]}.npy"
-        if not cached.exists():
-            save_array(cached, phi_of(phi, known, found))
-        loss = IdentityLoss(
-            phi, vae, make_scheduler().alphas_cumprod, PREDICTION, steps=identity.steps, margin=identity.margin
-        ).to(run.device)
-        options = {"identity": identity, "identity_loss": loss, "phi": np.load(cached)}
-    stage = SheetStage(
-        parts, known, found, np.load(place / "latents.npy"), np.load(place / "clip.npy"),
-        photographed=feats.Features.load(place / "photographed"),
-        clip_photographed=np.load(place / "clip_photographed.npy"), joint=joint, control_size=SIZE, vae=vae, **options,
+    known, looks = load_people(run.data), _looks(place, "faces", "clip")
+    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae"), parts)
+    options: dict[str, Any] = {"device": run.device, "loss": JOINT if joint else LOSS}
+    phi = None
+    if identity.recogniser is not None:
+        recogniser = IResNet.from_onnx(identity.recogniser)
+        digest = hashlib.sha256(Path(identity.recogniser).read_bytes()).hexdigest()[:12]
+        phi = _kept(place / f"phi-{digest}.npy", lambda: phi_of(recogniser, known, looks.features))
+        loss = IdentityLoss.of(pipe, recogniser, identity)
+        options |= {"identity": identity, "identity_loss": loss}
+        options["loss"] = LossConfig(weighting=LOSS.weighting, features=LOSS.features, branch=BRANCH)
+    # guidance goes from a picture without FFRNet to one with it: the joint stage teaches both
+    config = KeptConfig(batch_size, without_ffrnet=0.15 if joint else 0.0, drop_face=0.05)
+    source = KeptFeatures(
+        pipe, known, np.load(place / "latents.npy"), looks, config, phi=phi,
+        photographed=_looks(place, "photographed", "clip_photographed"), poor=_looks(place, "poor", "clip_poor"),
     )  # fmt: skip
-    if embed:
-        kept = place / f"controls-{_fingerprint(parts.ffrnet.controlnet_cond_embedding)}.npy"
-        if not kept.exists():
-            save_array(kept, stage.embed_controls())
-        stage.use_controls(np.load(kept))
+    stage = (JointStage if joint else PortraitStage)(pipe, source, **options)
+    if keep_controls:
+        embedding = pipe.ffrnet.controlnet_cond_embedding.requires_grad_(False)
+        kept = place / f"controls-{_fingerprint(embedding)}.npy"
+        source.controls = _kept(kept, lambda: source.embed_controls(pipe.ffrnet))
     return stage
 
 
-def save_parts(parts: Parts, folder: Path) -> None:
-    for name, part in vars(parts).items():
-        part.save_pretrained(folder / name)
+def _looks(place: Path, features: str, clip: str) -> Looks:
+    return Looks(Features.load(place / features), np.load(place / f"{clip}.npy"))
 
 
-def load_parts(folder: Path) -> Parts:
-    return Parts(
-        UNet2DConditionModel.from_pretrained(folder / "unet"),  # diffusers loads float32 whatever the file holds
-        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        FacialAttributeMixer.from_pretrained(folder / "mixer"),
-        FFRNet.from_pretrained(folder / "ffrnet"),
-    )
+def _kept(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from a file, computed first where it is not there."""
+    if not path.exists():
+        save_array(path, compute())
+    return np.load(path)
+
+
+def latest(run: Run, *stages: str) -> Path:
+    """The folder of the first of `stages` that has been trained."""
+    return next(run.work / name for name in stages if (run.work / name / "unet").is_dir())
+
+
+def _fingerprint(module: nn.Module) -> str:
+    weights = b"".join(value.detach().float().cpu().numpy().tobytes() for value in module.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:12]

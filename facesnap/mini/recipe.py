@@ -19,6 +19,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 
 from facesnap.mini import augment
 from facesnap.mini import features as feats
+from facesnap.mini.joint import SIZE, WIDTHS
 from facesnap.mini.nets import face_encoder as clip
 from facesnap.mini.nets.detector import train_detector
 from facesnap.mini.nets.landmarks import train_landmarks
@@ -27,11 +28,12 @@ from facesnap.mini.nets.scorer import train_scorer
 from facesnap.mini.nets.tokenizer import make_text_encoders, train_tokenizer
 from facesnap.synthetic.__main__ import main as render_people
 from facesnap.synthetic.dataset import load_people
-from facesnap.training.trainer import Trainer, TrainerConfig, write_whole
+from facesnap.training.checkpointing import write_whole
+from facesnap.training.trainer import Trainer, TrainerConfig
 from facesnap.training.vae import VaeStage, make_vae
 from facesnap.training.vae import export as export_vae
 
-SIZE, FACTOR = 256, 16
+FACTOR = 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
 # More people than those that an evaluation meets, for photographs: (first seed, share of --people, pictures of each,
 # flags). Some are seen from afar, some have other hair, some both.
@@ -64,6 +66,7 @@ class Run:
     workers: int = 1
     steps: int | None = None
     nets: tuple[str, ...] = NETS
+    widths: tuple[int, ...] = WIDTHS
 
 
 def people(run: Run, minutes: float) -> None:

@@ -20,7 +20,6 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from facesnap.mini.joint import short_attention
 from facesnap.synthetic.captions import STYLE_WORDS, captions
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import render
@@ -28,7 +27,6 @@ from facesnap.training.losses import (
     add_noise,
     capped_snr_weight,
     diffusion_target,
-    drop_text,
     min_snr_weight,
     stratified_timesteps,
 )
@@ -101,17 +99,17 @@ class StyleStage(Stage):
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
-        nothing = torch.zeros_like(batch["text"][0]), torch.zeros_like(batch["pooled"][0])
-        text, pooled = drop_text(batch["text"], batch["pooled"], *nothing, 0.1, generator)
+        # zeros are the pipeline's empty prompt (force_zeros_for_empty_prompt)
+        kept = torch.rand(len(latents), generator=generator, device=latents.device) >= 0.1
+        text, pooled = batch["text"] * kept[:, None, None], batch["pooled"] * kept[:, None]
         timesteps = stratified_timesteps(len(latents), len(self.alphas), generator)
         alphas = self.alphas.to(latents.device)[timesteps]
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         time_ids = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=latents.device)
-        with short_attention(latents.device):
-            prediction = self.unet(
-                add_noise(latents, noise, alphas), timesteps, text, return_dict=False,
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)},
-            )[0]  # fmt: skip
+        prediction = self.unet(
+            add_noise(latents, noise, alphas), timesteps, text, return_dict=False,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)},
+        )[0]  # fmt: skip
         error = (prediction.float() - diffusion_target(self.kind, latents, noise, alphas)).square().mean((1, 2, 3))
         # a style is decided where there is much noise
         weight = capped_snr_weight(alphas) if self.kind == "v_prediction" else min_snr_weight(self.kind, alphas)
@@ -150,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=6)
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # two can corrupt the heap in bfloat16 convolutions on a CPU
     pipe = StableDiffusionXLPipeline.from_pretrained(arguments.model)
     pipe.vae.requires_grad_(False)
     stage = StyleStage(pipe, *pictures(arguments.style, arguments.pictures, arguments.size))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("epsilon", "v_prediction")
+WEIGHTINGS = ("none", "min_snr", "capped_snr")
 
 
 def stratified_timesteps(batch: int, num: int, generator: torch.Generator | None = None) -> Tensor:
@@ -73,6 +74,13 @@ def capped_snr_weight(alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
     return (snr + 1).clamp(max=gamma) / (snr + 1)
 
 
+def timestep_weight(weighting: str, kind: str, alphas_cumprod: Tensor, gamma: float) -> Tensor | None:
+    """(B,) weights of one of WEIGHTINGS; None where all weigh the same."""
+    if weighting == "min_snr":
+        return min_snr_weight(kind, alphas_cumprod, gamma)
+    return capped_snr_weight(alphas_cumprod, gamma) if weighting == "capped_snr" else None
+
+
 def latent_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """A pixel mask (B, 1, H, W) in [0, 1] on the latent grid (h, w): the share of each cell that it
     covers."""
@@ -85,6 +93,7 @@ def masked_diffusion_loss(
     mask: Tensor,
     *,
     weight: Tensor | None = None,
+    emphasis: Tensor | None = None,
     background: float = 0.0,
     as_printed: bool = False,
     each: bool = False,
@@ -93,11 +102,13 @@ def masked_diffusion_loss(
 
     `mask` (B, 1, H, W) is 1 on the region of the face, at the size of the picture or of the latents.
     `background` is the M of everything else: 0 as in the paper, small while the base model learns too.
+    `emphasis` (B, 1, H, W) multiplies M where some parts of a face matter more.
     `weight` (B,) weighs samples. Each sample's sum is divided by its own ΣM², so that a small face counts
     as much as a large one and a constant residual r costs r²; `as_printed` divides by the number of
     elements instead. A sample whose M is zero everywhere costs nothing.
     """
     m = background + (1 - background) * latent_mask(mask, target.shape[-2:])
+    m = m if emphasis is None else m * latent_mask(emphasis, target.shape[-2:])
     error = ((target.float() - prediction.float()) * m).square().mean(1)  # (B, h, w)
     if as_printed:
         loss = error.mean((1, 2))
@@ -106,34 +117,6 @@ def masked_diffusion_loss(
         loss = torch.where(area > 0, error.sum((1, 2)) / area.clamp(min=1e-12), 0.0)
     loss = loss if weight is None else loss * weight
     return loss if each else loss.mean()
-
-
-def identity_loss(reference: Tensor, generated: Tensor) -> Tensor:
-    """Equation 4: 1 − cos between two batches of embeddings (B, D), the mean over the batch."""
-    return (1 - F.cosine_similarity(reference.float(), generated.float(), dim=-1)).mean()
-
-
-def drop_mask(batch: int, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """(B,) bool, true for the samples that do without a condition: each with probability `share`."""
-    device = generator.device if generator is not None else None
-    return torch.rand(batch, generator=generator, device=device) < share
-
-
-def drop_text(
-    tokens: Tensor,
-    pooled: Tensor,
-    empty_tokens: Tensor,
-    empty_pooled: Tensor,
-    share: float = 0.1,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Replace the text (B, n, d) and its pooled form (B, p) of some samples by those of the empty prompt,
-    (n, d) and (p,): what the unconditional half of classifier-free guidance will see."""
-    dropped = drop_mask(len(tokens), share, generator).to(tokens.device)
-    return (
-        torch.where(dropped[:, None, None], empty_tokens.to(tokens.dtype), tokens),
-        torch.where(dropped[:, None], empty_pooled.to(pooled.dtype), pooled),
-    )
 
 
 def _over_pixels(values: Tensor) -> Tensor:

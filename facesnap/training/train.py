@@ -17,21 +17,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import sys
-import types
-import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -41,159 +36,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from facesnap.errors import InputError, reading
-from facesnap.ffrnet import VARIANTS
 from facesnap.folder import KINDS, local_folder, read_weights
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.provenance import commit, fingerprint, machine
-from facesnap.training.identity import IdentityConfig, IdentityLoss, IResNet
-from facesnap.training.photos import PhotoConfig, PhotoShards, photo_loader
-from facesnap.training.portraits import LEARN, Cache, LossConfig, PortraitStage, Stream
-from facesnap.training.trainer import PRECISIONS, Batch, Trainer, TrainerConfig, make_accelerator
+from facesnap.training.conditions import Cache, Photographs, Stream
+from facesnap.training.config import TRACKERS, TrainConfig, read_config
+from facesnap.training.identity import IdentityLoss
+from facesnap.training.iresnet import IResNet
+from facesnap.training.photos import PhotoShards, photo_loader
+from facesnap.training.portraits import PortraitStage
+from facesnap.training.processes import make_accelerator
+from facesnap.training.trainer import PRECISIONS, Batch, Trainer
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset", "insightface", "numpy")
 LIGHTNING, LIGHTNING_REVISION = "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44"
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the package each needs
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run. The defaults are the paper's where it names them."""
-
-    model: str  # the FaceSnap folder to start from: of `facesnap.checkpoints init`, or trained before
-    shards: str  # of `facesnap.training.prepare`: a folder, a brace pattern or URLs
-    out: str
-    validation: str | None = None  # shards of people who are not trained on; None: the sheets show training pictures
-    validation_samples: int = 6
-    variant: str | None = None  # a row of Table 3; the model's own by default
-    learn: str = "all"  # or "light": of FFRNet what reads face and drawing, and its outputs; for small cards
-    steps: int = 360_000
-    accumulate: int = 1  # batches a step and process
-    optimiser: str = "adamw"  # or "adamw8bit", "muon"
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
-    schedule: str = "constant"  # or "cosine", "linear": they fall after the share `hold` of the run, to `floor`
-    warmup: int = 500
-    hold: float = 0.0
-    floor: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.9999
-    seed: int = 0
-    device: str = "auto"  # "cuda" where there is one, else "cpu"
-    precision: str = "bf16"  # or "fp16", "fp32"
-    base_precision: str | None = None  # of the frozen weights; `precision` on a GPU, "fp32" on a CPU
-    gradient_checkpointing: bool = True
-    compile: str | None = None  # a backend of torch.compile, such as "inductor"
-    workers: int = 4  # processes that read shards
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep: int = 2
-    sheet_every: int = 1000
-    trackers: tuple[str, ...] = ()  # "tensorboard", "wandb"
-    cache: str | None = None  # a folder for texts and, where data.augment is off, latents; None: on the fly
-    save_dtype: str = "fp16"  # of the finished weights: or "bf16", "fp32"
-    data: PhotoConfig = field(default_factory=PhotoConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    identity: IdentityConfig = field(default_factory=IdentityConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("precision", "base_precision", "save_dtype"):
-            value = getattr(self, name)
-            if value is not None and value not in PRECISIONS:
-                raise ValueError(f"{name} {value!r} is not known; choose {', '.join(PRECISIONS)}")
-        if self.variant is not None and self.variant not in VARIANTS:
-            raise ValueError(f"variant {self.variant!r} is not known; choose {', '.join(VARIANTS)}")
-        if self.learn not in LEARN:
-            raise ValueError(f"learn {self.learn!r} is not known; choose {', '.join(LEARN)}")
-        for tracker in self.trackers:
-            if tracker not in TRACKERS:
-                raise ValueError(f"tracker {tracker!r} is not known; choose {', '.join(TRACKERS)}")
-
-    def trainer(self) -> TrainerConfig:
-        shared = {f.name for f in dataclasses.fields(TrainerConfig)} & {f.name for f in dataclasses.fields(self)}
-        values = {name: getattr(self, name) for name in shared}
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        return TrainerConfig(**values | {"out": Path(self.out), "device": device})
-
-
-# ------------------------------------------------------------------------------------------------- the config
-
-
-def read_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A config from a YAML file and `key=value` words. Raises ValueError, in one sentence, for what is not right."""
-    given: Any = {}
-    if path is not None:
-        if not path.is_file():
-            raise ValueError(f"there is no config at {path}: give a YAML file, such as configs/sdxl.yaml")
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path} must hold keys and values, such as `lr: 1e-5`")
-    for word in overrides:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word!r} is no key=value")
-        place = given
-        *sections, last = name.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{section!r} of {word!r} is no section of the config")
-        place[last] = yaml.safe_load(value)
-    return _build(TrainConfig, given, "")
-
-
-def _build(kind: type, given: dict[str, Any], section: str) -> Any:
-    """A frozen dataclass of a mapping; unknown keys and wrong types are named."""
-    hints = typing.get_type_hints(kind)
-    for name in given:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            meant = f"did you mean {section}{near[0]}?" if near else f"known are {', '.join(hints)}"
-            raise ValueError(f"the config has no key {section}{name}: {meant}")
-    values = {}
-    for name, value in given.items():
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{section}{name} is a section: it holds keys and values")
-            values[name] = _build(typing.cast(type, hints[name]), value, f"{section}{name}.")
-        else:
-            values[name] = _typed(f"{section}{name}", value, hints[name])
-    try:
-        return kind(**values)
-    except TypeError as error:
-        missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in values]
-        if not missing:
-            raise
-        raise ValueError(f"the config lacks {', '.join(missing)}: add it, or give {missing[0]}=VALUE") from error
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it; YAML reads `1e-5` as text and `[a, b]` as a list."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        inner = typing.get_args(hint)
-        many = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        if len(many) == len(value):
-            return tuple(_typed(name, v, h) for v, h in zip(value, many, strict=True))
-    elif hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{name} is {value!r}: it must be of type {wanted}")
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -270,10 +126,7 @@ def make_stage(
     identity_loss, lightning = None, None
     if config.identity.recogniser is not None:
         lightning = load_lightning(config.identity.lightning, pipe, dtype, config.identity.steps)
-        identity_loss = IdentityLoss(
-            IResNet.from_onnx(config.identity.recogniser), pipe.vae, pipe.scheduler.alphas_cumprod,
-            pipe.scheduler.config.prediction_type, steps=config.identity.steps, margin=config.identity.margin,
-        )  # fmt: skip
+        identity_loss = IdentityLoss.of(pipe, IResNet.from_onnx(config.identity.recogniser), config.identity)
     caches: dict[str, Cache | None] = {"latent_cache": None, "text_cache": None}
     if config.cache is not None:
         # what is in the caches holds for these encoders, these shards and this cut only
@@ -282,10 +135,11 @@ def make_stage(
         caches["text_cache"] = Cache(place / "texts")
         if not config.data.augment:
             caches["latent_cache"] = Cache(place / "latents")
+    source = Photographs(pipe, stream, device=device, validation=validation, **caches)
     stage = PortraitStage(
-        pipe, stream, device=device, dtype=dtype, loss=config.loss, identity=config.identity,
+        pipe, source, device=device, dtype=dtype, loss=config.loss, identity=config.identity,
         identity_loss=identity_loss, lightning=lightning, checkpointing=config.gradient_checkpointing,
-        learn=config.learn, validation=validation, **caches,
+        learn=config.learn,
     )  # fmt: skip
     if config.compile is not None:
         own = stage.lightning is not pipe.unet
@@ -406,7 +260,7 @@ def record(config: TrainConfig, accelerator: Accelerator, data: str) -> None:
 def export(trainer: Trainer, stage: PortraitStage, config: TrainConfig) -> None:
     """`out/model`: the whole pipeline with the EMA weights, as `FaceSnapPipeline.from_pretrained` loads it."""
     with trainer.averaged():
-        weights = trainer._weights()
+        weights = trainer.weights()
     if not trainer.accelerator.is_main_process:
         return
     # the start is read again: the frozen parts may be in half precision here, or compiled, or on other devices

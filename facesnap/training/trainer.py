@@ -16,17 +16,13 @@ the learning rate follows the share that is spent, which a checkpoint remembers 
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
-import queue
-import shutil
 import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +30,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Batch = dict[str, Any]
-OPTIMISERS = ("adamw", "muon", "adamw8bit")
-SCHEDULES = ("cosine", "linear", "constant")
+from facesnap.training.checkpointing import read_checkpoint, write_checkpoint
+from facesnap.training.optim import OPTIMISERS, SCHEDULES, make_optimisers, rate
+from facesnap.training.prefetch import Batch, prefetched
+from facesnap.training.processes import clip_gradients, first_fault, make_accelerator, step_optimisers
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,48 +56,22 @@ class Stage:
         raise NotImplementedError
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        """The next batch, by `rng` alone. Called in a background thread, on the CPU."""
+        """The next batch, by `rng` alone, on the CPU. Called in a process of its own."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """The loss and what else to log, under autocast. All noise comes from `generator`.
 
         With several processes the generator is the same in all of them: what shall differ takes `rank` into account.
-        `each` among what to log, the losses of the samples (B,), is not logged: where one is no number it tells
-        which of the batch's `keys` to name.
+        Two entries among what to log are not logged: `each`, the losses of the samples (B,), tells which of the batch's
+        `keys` to name where one is no number; `parts`, the weighted losses whose sum the loss is, by name, is what
+        `TrainerConfig.gradients_every` compares.
         """
         raise NotImplementedError
 
     def stream(self, position: int, seed: int) -> Generator[Batch]:
-        """The batches of this process from number `position` on: `batch`, called in a thread, one after the other."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=3)
-        stop = threading.Event()
-        own = (self.rank,) if self.world > 1 else ()
-
-        def put(item: Batch | BaseException) -> None:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    return ready.put(item, timeout=0.2)
-
-        def prepare(position: int) -> None:
-            try:
-                while not stop.is_set():
-                    put(self.batch(np.random.default_rng((seed, position, *own))))
-                    position += 1
-            except BaseException as error:  # raised again where the batch is asked for
-                put(error)
-
-        thread = threading.Thread(target=prepare, args=(position,), daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        """The batches of this process from number `position` on."""
+        yield from prefetched(self.batch, position, seed, self.rank, self.world)
 
     def rates(self) -> dict[str, float]:
         """Learning rates relative to the trainer's, by module name, where they are not 1."""
@@ -133,6 +105,7 @@ class TrainerConfig:
     device: str = "cpu"  # with one process
     precision: str = "bf16"  # of autocast: or "fp32", or "fp16" with its scaler (GPU only)
     log_every: int = 50  # steps
+    gradients_every: int = 0  # steps: log each loss's gradient by module, a backward pass more; 0: never
     checkpoint_minutes: float = 4.0
     checkpoint_every: int | None = None  # steps, instead of minutes
     keep: int = 1  # checkpoints
@@ -151,92 +124,6 @@ class TrainerConfig:
                 raise ValueError(f"{what} {value!r} is not known; choose {', '.join(known)}")
         if self.accumulate < 1 or self.keep < 1:
             raise ValueError("accumulate and keep must be at least 1")
-
-
-def rate(config: TrainerConfig, step: int, share: float) -> float:
-    """The learning rate: linear warm-up by steps, then flat, then a cosine (or a line) over the rest of the run.
-
-    `share` in [0, 1] is how much of the run is spent.
-    """
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    fall = min(max(0.0, share - config.hold) / max(1 - config.hold, 1e-9), 1.0)
-    height = {"cosine": 0.5 + 0.5 * math.cos(math.pi * fall), "linear": 1 - fall, "constant": 1.0}[config.schedule]
-    return config.lr * warm * (config.floor + (1 - config.floor) * height)
-
-
-class Average:
-    """The exponential moving average of some parameters, updated in place and all at once.
-
-    The decay grows with the number of updates, (1 + n) / (10 + n) up to `decay`, so that the random start is
-    forgotten soon.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
-        self.decay = decay
-        self.updates = 0
-        # in single precision: what a step adds is lost in the rounding of anything less
-        self.values = [p.detach().float().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, [p.detach().float() for p in self.parameters], 1 - decay)
-        self.updates += 1
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages and the parameters."""
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024), for matrices and for kernels (O, I·k·k) seen as
-    matrices.
-
-    Each update has the root mean square of AdamW's (0.2, Liu et al., arXiv 2502.16982), so both share one
-    rate.
-    """
-
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
-                matrix = orthogonal(ahead.flatten(1))
-                size = 0.2 * math.sqrt(max(matrix.shape))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(matrix.view_as(parameter), alpha=-group["lr"] * size)
-
-
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """U Vᵀ of a matrix U S Vᵀ, roughly (singular values 0.7 to 1.2): Newton-Schulz, quintic, in bfloat16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    if tall := len(x) > x.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
-
-
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Worth orthogonalising: not a bias, a norm, or a kernel from or to a few channels (pixels)."""
-    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 8
 
 
 class _Loss(nn.Module):
@@ -259,46 +146,32 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator or make_accelerator(config)
         self.device = self.accelerator.device
+        one_thread(self.device, config.precision)
         stage.rank, stage.world = self.accelerator.process_index, self.accelerator.num_processes
         if stage.world > 1 and (config.steps is None or config.checkpoint_every is None or config.sheet_every is None):
             raise ValueError("processes do not share a clock: give steps, checkpoint_every and sheet_every")
         # these two keep parts of the state in every process
         self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.sharded and config.gradients_every:
+            raise ValueError("gradients_every needs whole gradients: set it to 0 with FSDP or DeepSpeed")
         self.modules = stage.modules()
-        groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
-        rates = stage.rates()
-        for module_name, module in self.modules.items():
+        for module in self.modules.values():
             module.to(self.device)
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    is_matrix = config.optimiser == "muon" and _is_matrix(parameter)
-                    decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-                    groups[is_matrix, rates.get(module_name, 1.0), decay].append(parameter)
-        kinds = {True: Muon, False: _adamw(config.optimiser)}
-        options: dict[bool, dict[str, Any]] = {True: {}, False: {"betas": config.betas}}
-        optimisers = [
-            kinds[kind](
-                [
-                    {"params": parameters, "weight_decay": decay, "scale": scale}
-                    for (is_matrix, scale, decay), parameters in groups.items()
-                    if is_matrix == kind
-                ],
-                lr=config.lr,
-                **options[kind],
-            )
-            for kind in sorted({key[0] for key in groups})
-        ]
+        optimisers = make_optimisers(
+            self.modules, stage.rates(), name=config.optimiser, lr=config.lr, betas=config.betas,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
         self.learning, *self.optimisers = self.accelerator.prepare(_Loss(stage, self.modules), *optimisers)
         inner = self.accelerator.unwrap_model(self.learning, keep_torch_compile=False)
         named = [(name.removeprefix("parts."), p) for name, p in inner.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]  # "module.parameter" of each parameter that learns
         self.parameters = [parameter for _, parameter in named]
-        self.average = Average(self.parameters, config.ema)
+        self.average = EMAModel(self.parameters, config.ema, foreach=True)
         self.step = 0
         self.spent = 0.0  # seconds of training
         config.out.mkdir(parents=True, exist_ok=True)
         self.log_path = config.out / "log.jsonl"
-        self.resume()
+        read_checkpoint(self)
 
     # ---- the run -------------------------------------------------------------------------------------------
 
@@ -312,6 +185,14 @@ class Trainer:
             shares.append(self.spent / (self.config.minutes * 60))
         return min(max(shares), 1.0)
 
+    def rate(self) -> float:
+        """The learning rate now."""
+        config = self.config
+        return rate(
+            config.lr, self.step, self.share, warmup=config.warmup, hold=config.hold, floor=config.floor,
+            schedule=config.schedule,
+        )  # fmt: skip
+
     def train(self) -> None:
         """Train to the end of the budget, then checkpoint and draw a last sheet."""
         config = self.config
@@ -322,7 +203,7 @@ class Trainer:
         started, started_step = self.spent, self.step
         sums: dict[str, Tensor | float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)  # not every step has every figure
-        with contextlib.closing(self._batches()) as batches:
+        with contextlib.closing(self.stage.stream(self.step * config.accumulate, config.seed)) as batches:
             while self.share < 1:
                 begun = time.perf_counter()
                 logs = self.update(*itertools.islice(batches, config.accumulate))
@@ -350,7 +231,7 @@ class Trainer:
         Raises FloatingPointError, before any weight is changed, where a loss is no number.
         """
         config, accelerator = self.config, self.accelerator
-        learning_rate = rate(config, self.step, self.share)
+        learning_rate = self.rate()
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * group["scale"]
@@ -364,83 +245,59 @@ class Trainer:
             seed = _seed(config.seed, self.step * len(batches) + k)
             generator = torch.Generator(self.device).manual_seed(seed)
             torch.manual_seed(seed + self.stage.rank)  # for modules that draw from the global generator (dropout)
-            with accelerator.accumulate(self.learning):
+            with accelerator.accumulate(self.learning), plain_attention(self.device):
                 with self._autocast():
                     loss, logs = self.learning(batch, self.step, generator)
                 self._check(loss, batch, logs.pop("each", None))
+                parts = logs.pop("parts", {})
+                if k == 0 and _due(config.gradients_every, self.step + 1, False, False):
+                    logs |= self._gradients(parts)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = self._clip()
-                self._step_optimisers()
+                    norm = clip_gradients(accelerator, self.learning, self.optimisers, self.parameters, config.clip)
+                step_optimisers(accelerator, self.optimisers)
             for key, value in {"loss": loss, **logs}.items():
                 sums[key] = sums.get(key, 0.0) + value.detach() / len(batches)
-        self.average.update()
+        self.average.step(self.parameters)
         self.step += 1
         return sums | ({} if norm is None else {"norm": torch.as_tensor(norm).detach()})
 
-    def _clip(self) -> Tensor | None:
-        """The norm of the whole gradient, over all processes, which is brought down to the config's."""
-        scaler, kind = self.accelerator.scaler, self.accelerator.distributed_type
-        if kind == DistributedType.DEEPSPEED:  # it clips by itself
-            return self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
-        if scaler is not None:
-            for optimiser in self.optimisers:
-                scaler.unscale_(optimiser.optimizer)
-        if kind == DistributedType.FSDP:  # each process holds a piece of it
-            return self.learning.clip_grad_norm_(self.config.clip)
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-
-    def _step_optimisers(self) -> None:
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            for optimiser in self.optimisers:
-                optimiser.step()
-        elif self.accelerator.sync_gradients:
-            # accelerate moves the scale on at each optimiser's step, and the next one would be unscaled twice
-            for optimiser in self.optimisers:
-                scaler.step(optimiser.optimizer)
-            scaler.update()
-        for optimiser in self.optimisers:
-            optimiser.zero_grad()
+    def _gradients(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The norm of each weighted loss's gradient on each module that learns."""
+        found = {}
+        for name, value in parts.items():
+            gradients = torch.autograd.grad(value, self.parameters, retain_graph=True, allow_unused=True)
+            squares: dict[str, list[Tensor]] = defaultdict(list)
+            for parameter, gradient in zip(self.names, gradients, strict=True):
+                if gradient is not None:
+                    squares[parameter.partition(".")[0]].append(gradient.float().square().sum())
+            found |= {f"grad_{name}_{module}": torch.stack(some).sum().sqrt() for module, some in squares.items()}
+        return found
 
     def _check(self, loss: Tensor, batch: Batch, each: Tensor | None) -> None:
-        """Raises FloatingPointError in all processes where the loss of one is no number: none is left waiting."""
-        fine = torch.isfinite(loss.detach())
-        if self.stage.world > 1:
-            fine = self.accelerator.reduce(fine.float()) == self.stage.world
-        if fine:
-            return
-        told = [] if torch.isfinite(loss) else [(loss.item(), self._bad_samples(batch, each))]
-        (value, samples), *_ = gather_object(told) if self.stage.world > 1 else told
-        raise FloatingPointError(
-            f"the loss is {value} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
-            f"samples, or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
-        )
-
-    @staticmethod
-    def _bad_samples(batch: Batch, each: Tensor | None) -> str:
-        keys = list(batch.get("keys", []))
-        if each is not None and keys:
-            bad = [key for key, good in zip(keys, torch.isfinite(each).tolist(), strict=True) if not good]
-            keys = bad or keys
-        return f" (samples {', '.join(map(str, keys))})" if keys else ""
+        """Raises FloatingPointError in all processes where the loss of one is no number."""
+        fault = first_fault(self.accelerator, loss, batch.get("keys", []), each)
+        if fault is not None:
+            value, keys = fault
+            samples = f" (samples {', '.join(keys)})" if keys else ""
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step + 1}{samples}: nothing was overwritten; look at these samples, "
+                f"or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
+            )
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the modules hold the EMA weights."""
-        self.average.swap()
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.average.swap()
+            self.average.restore(self.parameters)
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.config.precision]
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-    def _batches(self) -> Generator[Batch]:
-        """Batches from this step on."""
-        return self.stage.stream(self.step * self.config.accumulate, self.config.seed)
 
     # ---- what it leaves behind -----------------------------------------------------------------------------
 
@@ -449,7 +306,7 @@ class Trainer:
             return
         share = self.share
         eta = self.spent / share - self.spent if share > 0 else math.nan
-        line = {"step": self.step, "minutes": self.spent / 60, "lr": rate(self.config, self.step, share)}
+        line = {"step": self.step, "minutes": self.spent / 60, "lr": self.rate()}
         self._append(line | means | {"steps_per_second": speed})
         self.accelerator.log(means | {"lr": line["lr"], "steps_per_second": speed}, step=self.step)
         figures = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
@@ -466,7 +323,7 @@ class Trainer:
     def _sheet(self) -> None:
         # with FSDP one process cannot run a module alone
         if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
-            with self.averaged(), self._autocast():
+            with self.averaged(), self._autocast(), plain_attention(self.device):
                 for module in self.modules.values():
                     module.eval()
                 figures = self.stage.sample_sheet(self.config.out / "sheet.png")
@@ -479,164 +336,32 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Path:
-        """Write `checkpoint-<step>`, whole or not at all, and delete all but the last `keep`.
+        """Write `checkpoint-<step>`: see `write_checkpoint`."""
+        return write_checkpoint(self)
 
-        `weights.safetensors` are the weights, `average.safetensors` their EMA (both with all parameters and
-        buffers of the modules, named `module.parameter`), `state.pt` the optimiser's state and the counters; with
-        FSDP or DeepSpeed the former is in `sharded/`, as accelerate writes it.
-
-        Raises OSError where it cannot be written (a full disk); the checkpoint before it is still there.
-        """
-        place = self.config.out / f"checkpoint-{self.step:08d}"
-        draft = place.with_suffix(".tmp")
-        main = self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-        self.accelerator.wait_for_everyone()
-        try:
-            self._write(draft)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            shutil.rmtree(draft, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {self.step} could not be written to {self.config.out} ({error}); the one "
-                "before it is whole: make room on the disk and start again"
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if main:
-            shutil.rmtree(place, ignore_errors=True)
-            draft.rename(place)
-            for old in self._checkpoints()[: -self.config.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        return place
-
-    def _write(self, draft: Path) -> None:
-        main, rank = self.accelerator.is_main_process, self.stage.rank
-        weights = self._weights()
-        if main:
-            save_file(weights, draft / "weights.safetensors")
-        with self.averaged():
-            weights = self._weights()
-        if main:
-            save_file(weights, draft / "average.safetensors")
-        state: dict[str, Any] = {"step": self.step, "spent": self.spent, "updates": self.average.updates}
-        if self.sharded:
-            self.accelerator.save_state(str(draft / "sharded"))
-            torch.save(self.average.values, draft / f"average-{rank}.pt")
-        else:
-            state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-        if main:
-            torch.save(state, draft / "state.pt")
-
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the modules, named `module.parameter`, copied to the CPU; whole in the main
+        process."""
         state = self.accelerator.get_state_dict(self.learning)
-        # copies: what is in the modules changes when the average goes out of them again
         return {
             name.removeprefix("parts."): value.detach().to("cpu", copy=True).contiguous()
             for name, value in state.items()
         }
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in self.config.out.glob("checkpoint-*") if p.suffix != ".tmp")
 
-    def resume(self) -> bool:
-        """Go back to the last whole checkpoint in the folder, if there is one. Called by the constructor.
+def one_thread(device: torch.device, precision: str) -> None:
+    """Take one thread where bfloat16 is trained on a CPU.
 
-        Raises ValueError where the checkpoint is of another architecture.
-        """
-        places = self._checkpoints()
-        if not places:
-            return False
-        place = places[-1]
-        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        if self.sharded:
-            self.accelerator.load_state(str(place / "sharded"))
-            averages = torch.load(place / f"average-{self.stage.rank}.pt", map_location="cpu", weights_only=True)
-        else:
-            weights, average = load_file(place / "weights.safetensors"), load_file(place / "average.safetensors")
-            self._check_architecture(place, weights)
-            for module_name, module in self.modules.items():
-                own = f"{module_name}."
-                module.load_state_dict({k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)})
-            averages = [average[name] for name in self.names]
-            for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(kept)
-            if self.accelerator.scaler is not None and "scaler" in state:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        for value, kept in zip(self.average.values, averages, strict=True):
-            value.copy_(kept)
-        self.step, self.spent, self.average.updates = state["step"], state["spent"], state["updates"]
-        if self.accelerator.is_main_process:
-            self._forget_log_after(self.step)
-        return True
-
-    def _check_architecture(self, place: Path, found: dict[str, Tensor]) -> None:
-        wanted = {f"{n}.{k}": tuple(v.shape) for n, m in self.modules.items() for k, v in m.state_dict().items()}
-        there = {name: tuple(value.shape) for name, value in found.items()}
-        for name in sorted(wanted.keys() | there.keys()):
-            if wanted.get(name) != there.get(name):
-                raise ValueError(
-                    f"{place} is a checkpoint of another architecture ({name} is {there.get(name, 'absent')} there, "
-                    f"{wanted.get(name, 'absent')} here): give another folder for this run, or the model it was made of"
-                )
-
-    def _forget_log_after(self, step: int) -> None:
-        """Steps that will be made again will be logged again."""
-        if self.log_path.is_file():
-            lines = self.log_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.log_path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def make_accelerator(config: TrainerConfig, **options: Any) -> Accelerator:
-    """An accelerator for a run: that of `accelerate launch`, or of this one process.
-
-    bf16 is autocast by the trainer itself; accelerate keeps what needs a scaler (fp16), and what a DeepSpeed or FSDP
-    configuration names.
+    With two, oneDNN's backward passes of small convolutions write past their workspace in torch 2.13 ("free(): invalid
+    next size"); oneDNN's issue 6035 reports one such case. Several processes share a CPU as well as threads do.
     """
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="fp16" if config.precision == "fp16" else None,
-        gradient_accumulation_steps=config.accumulate,
-        # the gradients lie in the buckets they are sent in: once in memory, not twice
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        **options,
-    )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        keep_inputs(accelerator.state.fsdp_plugin)
-    return accelerator
+    if device.type == "cpu" and precision == "bf16" and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
-def keep_inputs(plugin: Any) -> None:
-    """FSDP's mixed precision is for weights: key points and sizes among a batch stay float32, gradients are summed in
-    it."""
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            policy, cast_root_forward_inputs=False, cast_forward_inputs=False, reduce_dtype=torch.float32
-        )
-
-
-def write_whole(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Let `save` write a folder, and put it in the place of `folder` once it is whole."""
-    draft = folder.with_suffix(".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    save(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-
-
-def _adamw(name: str) -> Any:
-    if name != "adamw8bit":
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("optimiser adamw8bit needs the package bitsandbytes: install it, or choose adamw") from error
-    return AdamW8bit
+def plain_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU the flash kernel's backward pass takes ten times as long as plain products for sequences this short."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _due(every: int | None, step: int, by_time: bool, ends: bool) -> bool:

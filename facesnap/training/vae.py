@@ -31,8 +31,9 @@ from transformers import CLIPVisionModel
 from facesnap.faces import five_points
 from facesnap.landmarks import to_68
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
-from facesnap.training.identity import IResNet
-from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig, write_whole
+from facesnap.training.checkpointing import write_whole
+from facesnap.training.iresnet import IResNet
+from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 from facesnap.training.vae_losses import FaceFeatures, PatchCritic
 
 LATENT_CHANNELS = 32
@@ -227,7 +228,9 @@ class VaeStage(Stage):
         columns = np.linspace(0, len(self.held) - 1, min(6, len(self.held))).astype(int)
         sheet = np.vstack([np.hstack(originals[columns]), np.hstack(decoded[columns])])
         cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-        sharpness = float(np.median([_laplacian(d) / _laplacian(o) for d, o in zip(decoded, originals, strict=True)]))
+        sharpness = float(
+            np.median([_laplacian(d) / max(_laplacian(o), 1e-9) for d, o in zip(decoded, originals, strict=True)])
+        )
         return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes)), "val_laplacian": sharpness}
 
 

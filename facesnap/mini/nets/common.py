@@ -92,7 +92,7 @@ def train(stage: NetStage, out: Path, *, minutes: float, lr: float = 3e-3, **opt
     )  # fmt: skip
     trainer = Trainer(stage, config)
     trainer.train()
-    trainer.average.swap()  # for good: what follows is the export
+    trainer.average.copy_to(trainer.parameters)  # for good: what follows is the export
     stage.net.eval()
 
 

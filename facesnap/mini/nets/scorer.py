@@ -174,7 +174,7 @@ def train(stage: ScorerStage, config: TrainerConfig) -> nn.Module:
     """The stage's net when its run has ended, with the moving average of its weights."""
     trainer = Trainer(stage, config)
     trainer.train()
-    trainer.average.swap()  # for good: what follows is the export
+    trainer.average.copy_to(trainer.parameters)  # for good: what follows is the export
     return stage.net.cpu().eval()
 
 

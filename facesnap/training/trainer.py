@@ -281,8 +281,8 @@ class Trainer:
             value, keys = fault
             samples = f" (samples {', '.join(keys)})" if keys else ""
             raise FloatingPointError(
-                f"the loss is {value} at step {self.step + 1}{samples}: nothing was overwritten; look at these samples, "
-                f"or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
+                f"the loss is {value} at step {self.step + 1}{samples}: nothing was overwritten; look at these "
+                f"samples, or lower the learning rate ({self.config.lr}), and start again from the last checkpoint"
             )
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ method's FID is that of the pictures it made).
 """
 
 import argparse
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Looks at all pictures and writes report.json, report.md and report.html; None in all processes but the first."""
+    """Looks at all pictures and writes report.json, .md and .html and rows.csv; None in all processes but the first."""
     plan = plans.read(arguments.plan)
     failures, made_by, notes = {}, {}, {}
     pictures: dict[str, Path] = {}
@@ -78,10 +79,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
     found = {**report.provenance(arguments.model), **found}
     report.write(arguments.out / "report.json", found)
+    write_rows(arguments.out / "rows.csv", plan, each)
     report.write_whole(arguments.out / "report.md", markdown(found))
     page = html.page(found, plan, arguments.folders, each, looks, markdown(found), worst=arguments.worst)
     report.write_whole(arguments.out / "report.html", page)
     return found
+
+
+def write_rows(path: Path, plan: Plan, each: dict[str, dict[str, np.ndarray]]) -> None:
+    """Every figure of every picture: method, file, person, then the figures, empty where they cannot be said."""
+    figures = list(dict.fromkeys(key for told in each.values() for key in told))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "file", "person", *figures])
+        for name, told in each.items():
+            for k, row in enumerate(plan.rows):
+                values = [told[key][k] if key in told else np.nan for key in figures]
+                cells = ["" if np.isnan(value) else f"{value:.6g}" for value in values]
+                writer.writerow([name, row.file, row.person, *cells])
 
 
 def check(folder: Path, plan: Plan, missing: str) -> tuple[dict[str, str], list[str]]:

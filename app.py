@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import logging as diffusers_log
-
 from facesnap.errors import InputError
 from facesnap.web import safety, server
 from facesnap.web.denoise import gpu_seconds
@@ -54,7 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     one_heap()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    diffusers_log.set_verbosity_error()  # it warns of long prompts with their words
     model = os.environ.get("FACESNAP_MODEL") or str(MINI)
     try:
         pipeline = load(model, given.lora)

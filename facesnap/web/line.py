@@ -149,10 +149,10 @@ class Listeners:
                 if not self._open[session]:
                     del self._open[session]
 
-    def await_one(self, session: str, patience: float = PATIENCE) -> None:
+    def await_one(self, session: str, patience: float | None = None) -> None:
         """Returns when somebody listens, which clients begin as soon as they have asked. InputError where nobody does,
         or where so many others came to be unheard in the meantime that the oldest must go."""
-        one, end = object(), time.monotonic() + patience
+        one, end = object(), time.monotonic() + (PATIENCE if patience is None else patience)
         with self._changed:
             self._unheard.append(one)
             del self._unheard[:-MOST_UNHEARD]

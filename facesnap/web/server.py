@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from diffusers.utils import logging as diffusers_log
 from PIL import Image
 from starlette.middleware import Middleware
 
@@ -88,6 +89,7 @@ def build(
 def launch(demo: Blocks, **options: Any) -> Any:
     """Limits and looks. Nothing is kept, no server text is shown, nothing is asked of the network."""
     here = Path(__file__).parent
+    diffusers_log.set_verbosity_error()  # it warns of long prompts with their words
     door = Middleware(Door, listeners=demo.listeners, endpoints=PARAMETERS)
     launched = demo.queue(api_open=False, max_size=2 * MOST_AT_ONCE).launch(
         theme=THEME,

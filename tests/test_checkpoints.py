@@ -192,7 +192,7 @@ def test_show_lists_every_file_with_size_licence_and_pin(hub, made, online):
     folder = put(hub, "InstantX/InstantID", sources.INSTANTID.revision, made / "instantid")
     shown = re.sub(" +", " ", checkpoints.show(checkpoints.plan("instantid")))
     size = (folder / "ip-adapter.bin").stat().st_size
-    assert f"cached {size / 1e3:.1f} kB ip-adapter.bin" in shown  # what lies here is as large as it is
+    assert f"cached {plans.shown_size(size)} ip-adapter.bin" in shown  # what lies here is as large as it is
     assert "fetch 5.14 GB" in shown
 
 

@@ -69,24 +69,7 @@ def plan(
     """
     places: dict[str, Path] = {}
     sources: dict[str, Source] = {}
-    if str(name) == "instantid":
-        kind, own = "instantid", {"mixer", "ffrnet"}
-        sources["weights"] = known.INSTANTID
-    else:
-        folder = MINI if str(name) == "mini" else Path(name)
-        if folder.is_dir():
-            places["weights"] = folder
-            own = {place.name for place in folder.iterdir()}
-            kind = _kind(name, read_settings(folder, name))
-        elif re.fullmatch(HUB_ID, str(name)):
-            sources["weights"] = listing(str(name), "FaceSnap weights")
-            own = {file.path.split("/")[0] for file in sources["weights"].files}
-            kind = _kind(name, _remote_settings(sources["weights"]))
-        elif str(name) == "mini":
-            raise InputError("The mini lies in assets/mini of the repository; run from a checkout, or give its folder.")
-        else:
-            raise _unknown(name)
-
+    kind, own = _find_weights(name, places, sources)
     if base is not None or not set(BASE_PARTS) <= own:
         find_base(str(base or DEFAULT_BASE), places, sources)
     if kind == "facesnap" and "face_encoder" not in own:
@@ -107,6 +90,23 @@ def plan(
             raise InputError(f"There is no LoRA '{lora}'; give its safetensors file, its folder or its Hub id.")
     chosen = str(base or DEFAULT_BASE) if "base" in (places | sources) else None
     return Plan(str(name), kind, places, sources, chosen, base is not None)
+
+
+def _find_weights(name: str | Path, places: dict[str, Path], sources: dict[str, Source]) -> tuple[str, set[str]]:
+    """The kind of the checkpoint of that name, and the folders it brings; its place or source is noted."""
+    if str(name) == "instantid":
+        sources["weights"] = known.INSTANTID
+        return "instantid", {"mixer", "ffrnet"}
+    folder = MINI if str(name) == "mini" else Path(name)
+    if folder.is_dir():
+        places["weights"] = folder
+        return _kind(name, read_settings(folder, name)), {place.name for place in folder.iterdir()}
+    if re.fullmatch(HUB_ID, str(name)):
+        source = sources["weights"] = listing(str(name), "FaceSnap weights")
+        return _kind(name, _remote_settings(source)), {file.path.split("/")[0] for file in source.files}
+    if str(name) == "mini":
+        raise InputError("The mini lies in assets/mini of the repository; run from a checkout, or give its folder.")
+    raise _unknown(name)
 
 
 def _kind(name: str | Path, settings: Settings) -> str:

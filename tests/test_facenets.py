@@ -13,6 +13,7 @@ from insightface.utils.face_align import trans_points
 from facesnap import landmarks as lm
 from facesnap.geometry import moved, similarity, warp
 from facesnap.mini import augment as faceviews
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.checkpoint import store_half
 from facesnap.mini.nets.common import NetStage, to_input
 from facesnap.mini.nets.detector import Detector, export_detector, train_detector
@@ -110,7 +111,7 @@ def test_warp_moves_pixels_where_moved_says():
 
 def test_scenes_and_crops_keep_their_labels_in_the_picture(faces):
     rng = np.random.default_rng(2)
-    backgrounds = faceviews.Backgrounds(rng, 96, faces.images, count=4)
+    backgrounds = Backgrounds(rng, 96, faces.images, count=4)
     counts = []
     for _ in range(30):
         image, boxes, points = faceviews.scene(faces, np.arange(len(faces)), backgrounds, rng, 96)
@@ -126,9 +127,22 @@ def test_scenes_and_crops_keep_their_labels_in_the_picture(faces):
     assert faceviews.aligned_view(faces, 0, rng, jitter=0).shape == (112, 112, 3)
 
 
+def test_a_poor_reference_hides_the_face_and_is_always_the_same(faces):
+    landmarks, image = faces.outlines[0][:72], faces.images[0]
+    low, high = landmarks.min(0).astype(int), landmarks.max(0).astype(int)
+    looks = [faceviews.poor(image, landmarks, str(k)) for k in range(30)]
+    assert np.array_equal(looks[3], faceviews.poor(image, landmarks, "3"))
+    changed = np.array([np.abs(look.astype(int) - image) for look in looks])
+    face = changed[:, low[1] : high[1], low[0] : high[0]].mean((1, 2, 3))
+    assert (face > 0.3).all() and len({look.tobytes() for look in looks}) == 30
+    eyes = landmarks[[36, 40, 44, 48]].mean(0).round().astype(int)
+    shaded = [look for look in looks if (look[eyes[1] - 3 : eyes[1] + 4, eyes[0]] < 65).all()]
+    assert shaded  # sunglasses, among others
+
+
 def test_a_photographed_render_changes_all_but_keeps_who_is_dark_and_who_is_fair():
     rng = np.random.default_rng(3)
-    backgrounds = faceviews.Backgrounds(rng, 64, np.zeros((2, 64, 64, 3), np.uint8), count=4)
+    backgrounds = Backgrounds(rng, 64, np.zeros((2, 64, 64, 3), np.uint8), count=4)
     labels = np.zeros((64, 64), np.uint8)
     labels[:24], labels[24:48] = HAIR, SKIN
     means = {}
@@ -247,7 +261,7 @@ def test_killed_training_goes_on_where_it_was(faces, tmp_path):
 
     def stage():
         torch.manual_seed(0)
-        backgrounds = faceviews.Backgrounds(np.random.default_rng(0), 96, faces.images, count=4)
+        backgrounds = Backgrounds(np.random.default_rng(0), 96, faces.images, count=4)
 
         def draw(rng):
             crop, points = faceviews.landmark_view(faces, int(rng.integers(9)), backgrounds, rng)

@@ -6,11 +6,11 @@ import torch
 from test_data import write_shard
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from facesnap.mini.nets import vae as vae_module
+from facesnap.mini.nets.vae import make_vae, widened
+from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.dataset import load_people
-from facesnap.training import vae as vae_module
 from facesnap.training.trainer import Trainer, TrainerConfig
-from facesnap.training.vae import make_vae, widened
-from facesnap.training.vae_losses import FaceFeatures, PatchCritic
 
 WIDTHS = (8, 8, 8)
 

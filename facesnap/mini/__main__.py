@@ -10,8 +10,8 @@
 | faces        | detector, landmark net, recognisers A, B and C               | people                  |
 | scorer       | the evaluation's judges of what a prompt asks for            | people                  |
 | head         | the head model and its regressor (least squares)             | faces                   |
-| vae          | the VAE                                                      | people                  |
 | face_encoder | face encoder and the second text encoder                     | people                  |
+| vae          | the VAE                                                      | faces, face_encoder     |
 | features     | nothing: latents, faces as `faces.py` finds them             | head, vae, face_encoder |
 | decoder      | the VAE's decoder alone, the latents stay                    | features                |
 | joint        | base UNet, text encoders, mixer, FFRNet together             | features                |
@@ -49,8 +49,8 @@ ALL: dict[Stage, tuple[float, float]] = {
     recipe.faces: (0.14, 140),
     recipe.scorer: (0.02, 16),
     recipe.head: (0, 0),
-    recipe.vae: (0.18, 210),
     recipe.face_encoder: (0.05, 60),
+    recipe.vae: (0.18, 210),
     recipe.features: (0, 0),
     recipe.decoder: (0.03, 30),
     portraits.joint: (0.36, 600),

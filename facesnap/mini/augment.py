@@ -8,24 +8,22 @@ Pictures are RGB uint8 (H, W, 3); points are pixels, x right, y down; z is in th
 camera, zero at the mean of the 68 points: the frame of InsightFace's 3D landmarks.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+from insightface.utils.face_align import arcface_dst
 
 from facesnap import landmarks as lm
 from facesnap.faces import five_points
 from facesnap.geometry import moved, similarity, warp
+from facesnap.mini.backgrounds import Backgrounds, colour, room
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, HAIR, SKIN, Rows, load_people
+from facesnap.training.prepare.worse import worse
 
 Rng = np.random.Generator
-
-# Where ArcFace wants eyes, nose tip and mouth corners in its 112 × 112 crop (InsightFace, norm_crop).
-ARCFACE_POINTS = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
-    dtype=np.float32,
-)
 
 MIRROR_68 = np.array([np.flatnonzero(lm.TO_68 == lm.MIRROR[k])[0] for k in lm.TO_68])
 
@@ -196,7 +194,7 @@ def ruffle(image: np.ndarray, labels: np.ndarray, rng: Rng) -> tuple[np.ndarray,
     )
 
 
-def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgrounds", rng: Rng) -> np.ndarray:
+def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: Backgrounds, rng: Rng) -> np.ndarray:
     """A square render as a photograph of that person might look: other textures, clothes, background, light and
     camera, but still the person's own colours as far as a photograph keeps them."""
     if rng.random() < 0.6:
@@ -218,130 +216,6 @@ def as_photograph(image: np.ndarray, labels: np.ndarray, backgrounds: "Backgroun
     return photograph(image, rng, 0.7)
 
 
-def room(image: np.ndarray, rng: Rng) -> np.ndarray:
-    """A background, or most often what it leaves of itself behind a person: paler, out of focus, in the colours of
-    wood, walls, skin and hair, from which a head is hard to tell."""
-    if rng.random() < 0.35:
-        return image
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
-    tone = np.array(colour(rng), np.float32) if rng.random() < 0.7 else rng.uniform(40, 235) * np.ones(3, np.float32)
-    tinted = tone * (1 + rng.uniform(0.2, 1) * (gray / max(1.0, gray.mean()) - 1))
-    x = tinted + rng.uniform(0, 0.7) * (image - gray)
-    x = cv2.GaussianBlur(x, (0, 0), len(image) * np.exp(rng.uniform(np.log(0.003), np.log(0.06))))
-    return np.clip(x, 0, 255).astype(np.uint8)
-
-
-def colour(rng: Rng) -> tuple[int, ...]:
-    """Any colour, or one of the browns between skin, wood and sand, which a detector must not fall for."""
-    if rng.random() < 0.5:
-        return tuple(int(v) for v in rng.integers(0, 256, 3))
-    return tuple(int(v) for v in rng.uniform(0.2, 1) * np.array([235, rng.uniform(140, 210), rng.uniform(90, 180)]))
-
-
-def shapes(image: np.ndarray, rng: Rng, count: int) -> None:
-    """Draw ellipses, boxes, triangles and lines onto a picture."""
-    size = image.shape[0]
-    for _ in range(count):
-        centre = tuple(int(v) for v in rng.uniform(0, size, 2))
-        kind = rng.integers(0, 5)
-        if kind == 4:
-            ball(image, rng, np.array(centre), rng.uniform(0.04, 0.3, 2) * size)
-        elif kind == 0:
-            axes = tuple(int(v) for v in rng.uniform(2, size / 4, 2))
-            cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour(rng), -1, cv2.LINE_AA)
-        elif kind == 1:
-            other = tuple(int(v) for v in np.array(centre) + rng.uniform(-size / 3, size / 3, 2))
-            cv2.rectangle(image, centre, other, colour(rng), -1)
-        elif kind == 2:
-            corners = (np.array(centre) + rng.uniform(-size / 4, size / 4, (3, 2))).astype(np.int32)
-            cv2.fillPoly(image, [corners], colour(rng), cv2.LINE_AA)
-        else:
-            other = tuple(int(v) for v in rng.uniform(0, size, 2))
-            cv2.line(image, centre, other, colour(rng), int(rng.integers(1, max(2, size // 24))), cv2.LINE_AA)
-
-
-def ball(image: np.ndarray, rng: Rng, centre: np.ndarray, axes: np.ndarray) -> None:
-    """A rounded thing in a light, with spots or stripes but without a face's order: fists, fruit, helmets."""
-    low = np.maximum(np.floor(centre - axes), 0).astype(int)
-    high = np.minimum(np.ceil(centre + axes), image.shape[0]).astype(int)
-    if (high - low < 3).any():
-        return
-    part = image[low[1] : high[1], low[0] : high[0]]
-    y, x = np.mgrid[low[1] : high[1], low[0] : high[0]].astype(np.float32)
-    x, y = (x - centre[0]) / axes[0], (y - centre[1]) / axes[1]
-    depth = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
-    light = rng.normal(size=3) + [0, -0.5, 1.5]
-    shade = 0.35 + 0.65 * np.clip((x * light[0] + y * light[1] + depth * light[2]) / np.linalg.norm(light), 0, 1)
-    painted = np.array(colour(rng), np.float32) * shade[..., None]
-    spots = np.ascontiguousarray(np.broadcast_to(np.uint8(0), part.shape[:2]))
-    for _ in range(int(rng.integers(0, 5))):
-        place = tuple(int(v) for v in rng.uniform(0, 1, 2) * part.shape[1::-1])
-        extent = tuple(int(v) + 1 for v in rng.uniform(0.02, 0.3, 2) * part.shape[1::-1])
-        cv2.ellipse(spots, place, extent, rng.uniform(0, 180), 0, 360, 255, -1 if rng.random() < 0.6 else 1)
-    painted[spots > 0] *= rng.uniform(0.3, 1.4)
-    inside = x**2 + y**2 < 1
-    part[inside] = np.clip(painted[inside], 0, 255)
-
-
-def background(rng: Rng, size: int, pictures: Rows | np.ndarray | None = None) -> np.ndarray:
-    """A picture without a face: gradients, clouds, stripes, shapes, or shuffled pieces of `pictures`."""
-    kind = rng.random()
-    if kind < 0.2:
-        cells = rng.uniform(0, 255, (2, 2, 3)).astype(np.float32)
-        image = cv2.resize(cells, (size, size), interpolation=cv2.INTER_LINEAR)
-    elif kind < 0.55:  # clouds of several octaves, steep (soft) or flat (gravel, leaves, cloth)
-        image = np.zeros((size, size, 3), np.float32)
-        decay, channels = rng.uniform(0.35, 1.0), 1 if rng.random() < 0.5 else 3
-        for octave in range(1, 7):
-            noise = rng.standard_normal((2**octave + 1, 2**octave + 1, channels), dtype=np.float32)
-            stretched = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
-            image += decay**octave * stretched.reshape(size, size, channels)
-        image = (image - image.mean()) / (image.std() + 1e-3)
-        if rng.random() < 0.5:  # as a height, lit from a side: folds, rock, fur
-            slope = cv2.Sobel(image, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1))).reshape(image.shape)
-            image = slope / (slope.std() + 1e-3)
-        image = np.array(colour(rng), np.float32) + image * np.abs(rng.normal(20, 35, 3)).astype(np.float32)
-    elif kind < 0.65:
-        grid = np.arange(size, dtype=np.float32)
-        angle, period = rng.uniform(0, np.pi), rng.uniform(4, size / 2)
-        wave = np.sin(2 * np.pi * (np.cos(angle) * grid[None] + np.sin(angle) * grid[:, None]) / period)
-        wave = wave[..., None] if rng.random() < 0.5 else np.sign(wave[..., None])
-        image = np.array(colour(rng), np.float32) + wave * rng.uniform(-80, 80, 3).astype(np.float32)
-    elif kind < 0.8 or pictures is None:
-        image = np.full((size, size, 3), colour(rng), np.float32)
-    else:  # parts of people, in the wrong places
-        picture = pictures[rng.integers(len(pictures))]
-        n = int(rng.integers(4, 9))  # too fine for a whole face
-        part = picture.shape[0] // n
-        tiles = [picture[i * part : (i + 1) * part, j * part : (j + 1) * part] for i in range(n) for j in range(n)]
-        order = rng.permutation(n * n)
-        rows = [np.concatenate([tiles[k] for k in order[i * n : (i + 1) * n]], axis=1) for i in range(n)]
-        image = cv2.resize(np.concatenate(rows), (size, size), interpolation=cv2.INTER_AREA)
-    image = np.clip(image, 0, 255).astype(np.uint8)
-    if rng.random() < 0.5:
-        shapes(image, rng, int(rng.integers(1, 16)))
-    return image
-
-
-class Backgrounds:
-    """A pool of backgrounds, and now and then a new one: making one costs more than training on it."""
-
-    def __init__(self, rng: Rng, size: int, pictures: Rows | np.ndarray, count: int = 200):
-        self.size, self.pictures = size, pictures
-        self.pool = [background(rng, size, pictures) for _ in range(count)]
-
-    def draw(self, rng: Rng, size: int) -> np.ndarray:
-        """(size, size, 3), by `rng` alone, so that a batch can be drawn again."""
-        if rng.random() < 0.1:
-            image = background(rng, self.size, self.pictures)
-        else:
-            image = self.pool[rng.integers(len(self.pool))]
-        side = int(rng.integers(self.size // 2, self.size + 1))
-        x, y = rng.integers(0, self.size - side + 1, 2)
-        part = image[y : y + side, x : x + side][:, :: rng.choice((-1, 1)), rng.permutation(3)]
-        return cv2.resize(np.ascontiguousarray(part), (size, size), interpolation=cv2.INTER_LINEAR)
-
-
 def over(canvas: np.ndarray, picture: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """`picture` over `canvas`, opacity `alpha` (H, W) from 0 to 255."""
     x, y, width, height = cv2.boundingRect(alpha)
@@ -351,6 +225,27 @@ def over(canvas: np.ndarray, picture: np.ndarray, alpha: np.ndarray) -> np.ndarr
     if width:
         canvas[part] = cv2.blendLinear(picture[part], canvas[part], opacity, 1 - opacity)
     return canvas
+
+
+def poor(image: np.ndarray, landmarks: np.ndarray, name: str) -> np.ndarray:
+    """The picture as a poor reference: the face behind sunglasses, or covered, dark or blurred (`prepare.worse`).
+
+    landmarks (72, 2). Always the same for the same `name`.
+    """
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if rng.random() < 0.75:
+        return worse(image, box_of(landmarks), name)[0]
+    image, shade = image.copy(), tuple(int(v) for v in rng.integers(5, 60, 3))
+    eyes = landmarks[36:44].mean(0), landmarks[44:52].mean(0)
+    apart, centre = eyes[1] - eyes[0], (eyes[0] + eyes[1]) / 2
+    angle = float(np.degrees(np.arctan2(apart[1], apart[0])))
+    for eye in eyes:
+        middle = eye + 0.1 * (eye - centre)
+        size = np.linalg.norm(apart) * rng.uniform(0.55, 0.75) * np.array([1, rng.uniform(0.6, 0.9)])
+        cv2.ellipse(image, (tuple(map(float, middle)), tuple(map(float, size)), angle), shade, -1, cv2.LINE_AA)
+    ends = (tuple(int(v) for v in eye) for eye in eyes)
+    cv2.line(image, *ends, shade, max(1, len(image) // 100), cv2.LINE_AA)
+    return image
 
 
 def hide(image: np.ndarray, box: np.ndarray, rng: Rng) -> None:
@@ -450,7 +345,7 @@ def aligned_view(
     distance = np.linalg.norm(points[0] - points[1]) + 1e-6
     shared, each = rng.normal(size=(1, 2)) * 0.5, rng.normal(size=(5, 2))
     points = points + max(distance, 0.3 * np.ptp(points[:, 1])) * jitter * (shared + each)
-    matrix = similarity(points, ARCFACE_POINTS)
+    matrix = similarity(points, arcface_dst)
     crop = warp(faces.images[index], matrix, 112)
     if jitter == 0:
         return crop

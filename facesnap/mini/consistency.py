@@ -20,6 +20,7 @@ from transformers import CLIPVisionModel
 from facesnap.clip import face_pixels
 from facesnap.faces import Recogniser
 from facesnap.mini import augment as views
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.face_encoder import SIDE, make_naming, misnamed, named_words, summary, view
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.synthetic.dataset import People, draw_references
@@ -68,7 +69,7 @@ class ConsistencyStage(Stage):
         for name in CLAIMED:
             codes = np.unique([people.attributes[row][name] for row in rows], return_inverse=True)[1]
             self.values.append((codes, np.stack([looks[codes == k, 0].mean(0) for k in range(codes.max() + 1)])))
-        self.backgrounds = views.Backgrounds(np.random.default_rng(0), SIDE, people.images)
+        self.backgrounds = Backgrounds(np.random.default_rng(0), SIDE, people.images)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"face_encoder": self.encoder, "mixer": self.mixer, "naming": self.naming}
@@ -152,7 +153,7 @@ def unexplained(values: Tensor, wanted: Tensor) -> Tensor:
 
 def embeddings_of(recogniser: Recogniser, faces: views.FaceSet, rows: np.ndarray, looks: int = LOOKS) -> np.ndarray:
     """(N, looks, 512) float32, raw: of each picture as rendered, then as photographs with a detector's errors."""
-    backgrounds = views.Backgrounds(np.random.default_rng(0), SIDE, faces.images)
+    backgrounds = Backgrounds(np.random.default_rng(0), SIDE, faces.images)
     out = np.empty((len(rows), looks, 512), np.float32)
     for i, row in enumerate(tqdm(rows, unit="picture")):
         rng = np.random.default_rng((2, int(row)))

@@ -23,13 +23,14 @@ from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser, align, five_points
 from facesnap.heads import LinearHeadModel, from_pretrained
 from facesnap.heads.regressor import ShapeRegressor
-from facesnap.mini.augment import Backgrounds, as_photograph
+from facesnap.mini.augment import as_photograph, poor
+from facesnap.mini.backgrounds import Backgrounds
+from facesnap.mini.nets.vae import to_tensor
 from facesnap.predictor import LandmarkPredictor
 from facesnap.synthetic.dataset import HAIR, SKIN, People, load_people
 from facesnap.synthetic.head import landmarks
 from facesnap.synthetic.people import EXPRESSION, sample_person, sample_picture
 from facesnap.synthetic.render import CAMERA
-from facesnap.training.vae import to_tensor
 
 PART = 250  # pictures that a process looks at before it tells what it found
 
@@ -56,19 +57,23 @@ def _one_core(cores: list[int]) -> None:
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
-def look_at(job: tuple[Path, Path, Path, np.ndarray, bool]) -> list[tuple[int, Any]]:
-    data, pack, head, rows, photographed = job
+def look_at(job: tuple[Path, Path, Path, np.ndarray, str]) -> list[tuple[int, Any]]:
+    data, pack, head, rows, look = job
     cv2.setNumThreads(1)
     people = load_people(data, held_out=True)
     analyser = FaceAnalyser(pack)
     predictor = LandmarkPredictor(from_pretrained(head))
-    backgrounds = Backgrounds(np.random.default_rng(0), people.size[0], people.images) if photographed else None
+    backgrounds = None
+    if look == "photographed":
+        backgrounds = Backgrounds(np.random.default_rng(0), people.size[0], people.images)
     out: list[tuple[int, Any]] = []
     for row in rows:
         image = people.images[int(row)]
         if backgrounds is not None:
             rng = np.random.default_rng((1, int(row)))
             image = as_photograph(image, people.masks[int(row)], backgrounds, rng)
+        elif look == "poor":
+            image = poor(image, people.landmarks[row], f"{people.person[row]}/{people.index[row]}")
         try:
             face = analyser.analyse(image)
         except InputError:
@@ -88,14 +93,14 @@ def analyse_people(
     count: int,
     *,
     rows: np.ndarray | None = None,
-    photographed: bool = False,
+    look: str = "rendered",
     workers: int = 1,
 ) -> Features:
     """Run every one of `count` pictures of the shards in `data` through the face pack and the head model, and keep what
     was found in `folder`; where that is there already, only read it.
 
-    Of all but `rows`, where given, nothing is found. `photographed` changes each picture as a camera might have. What
-    was killed goes on from the parts that were done.
+    Of all but `rows`, where given, nothing is found. look: "rendered", as the pictures are; "photographed" changes each
+    as a camera might have, "poor" makes its face hard to read. What was killed goes on from the parts that were done.
     """
     if folder.exists():
         return Features.load(folder)
@@ -114,7 +119,7 @@ def analyse_people(
     out = {name: np.load(draft / f"{name}.npy", mmap_mode="r+") for name in kinds}
     left = np.setdiff1d(rows, np.array(done.read_text().split(), int))
     parts = np.split(left, range(PART, len(left), PART))
-    jobs = [(data, pack, head, part, photographed) for part in parts if len(part)]
+    jobs = [(data, pack, head, part, look) for part in parts if len(part)]
 
     def results() -> Iterator[list]:
         if workers == 1:

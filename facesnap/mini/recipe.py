@@ -26,12 +26,14 @@ from facesnap.mini.nets.landmarks import train_landmarks
 from facesnap.mini.nets.recogniser import train_recogniser
 from facesnap.mini.nets.scorer import train_scorer
 from facesnap.mini.nets.tokenizer import make_text_encoders, train_tokenizer
+from facesnap.mini.nets.vae import VaeStage, make_vae
+from facesnap.mini.nets.vae import export as export_vae
+from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.__main__ import main as render_people
 from facesnap.synthetic.dataset import load_people
 from facesnap.training.checkpointing import write_whole
+from facesnap.training.iresnet import IResNet
 from facesnap.training.trainer import Trainer, TrainerConfig
-from facesnap.training.vae import VaeStage, make_vae
-from facesnap.training.vae import export as export_vae
 
 FACTOR = 16
 FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
@@ -105,21 +107,29 @@ def scorer(run: Run, minutes: float) -> None:
 
 
 def vae(run: Run, minutes: float) -> None:
+    """Pixels and features, by the nets that will read its pictures; in the last third a critic asks for texture."""
     torch.manual_seed(0)
-    _train_vae(run, "vae_run", make_vae(), minutes, crop=128, batch=8, lr=2e-3)
+    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
+    features = FaceFeatures(IResNet.from_onnx(run.work / "face_pack" / "recogniser.onnx"), encoder)
+    first = train_vae(run, "vae_run", make_vae(), 2 / 3 * minutes, lr=2e-3, features=features)
+    begun = AutoencoderKL.from_pretrained(first)
+    last = train_vae(run, "vae_critic_run", begun, minutes / 3, lr=1e-3, features=features, critic=PatchCritic())
+    write_whole(run.work / "vae", lambda draft: shutil.copytree(last, draft))
 
 
-def _train_vae(
-    run: Run, name: str, model: AutoencoderKL, minutes: float, *, crop: int, batch: int, lr: float, latents=None
-) -> None:
-    stage = VaeStage(model, run.data, batch_size=batch, crop=crop, latents=latents)
+def train_vae(
+    run: Run, name: str, model: AutoencoderKL, minutes: float, *, lr: float, crop: int = 128, batch: int = 8, **options
+) -> Path:
+    """Train a VAE and return the folder of what came of it, beside its checkpoints. options: of `VaeStage`."""
+    stage = VaeStage(model, run.data, batch_size=batch, crop=crop, **options)
     config = TrainerConfig(
         run.work / name, minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995,
         device=run.device,
     )  # fmt: skip
     trainer = Trainer(stage, config)
     trainer.train()
-    export_vae(trainer, stage, run.work / "vae")
+    export_vae(trainer, stage, run.work / name / "vae")
+    return run.work / name / "vae"
 
 
 def face_encoder(run: Run, minutes: float) -> None:
@@ -179,9 +189,10 @@ def features(run: Run, minutes: float) -> None:
         save_array(place / "latents.npy", feats.latents_of(model, known, device=run.device))
     photos = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
     encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
-    for name, clip_name, options in (
-        ("faces", "clip.npy", {}),
-        ("photographed", "clip_photographed.npy", {"rows": photos, "photographed": True}),
+    for name, clip_name, rows, look in (
+        ("faces", "clip.npy", None, "rendered"),
+        ("photographed", "clip_photographed.npy", photos, "photographed"),
+        ("poor", "clip_poor.npy", photos, "poor"),
     ):
         looked = feats.analyse_people(
             run.data,
@@ -189,26 +200,29 @@ def features(run: Run, minutes: float) -> None:
             run.work / "head",
             place / name,
             len(known),
+            rows=rows,
+            look=look,
             workers=run.workers,
-            **options,
         )
         if not (place / clip_name).exists():
-            rows = np.flatnonzero(looked.found)
-            states = clip.features_of(encoder, looked.crops, rows).half().numpy()
+            found = np.flatnonzero(looked.found)
+            states = clip.features_of(encoder, looked.crops, found).half().numpy()
             kept = np.zeros((len(known), *states.shape[1:]), np.float16)
-            kept[rows] = states
+            kept[found] = states
             save_array(place / clip_name, kept)
 
 
 def decoder(run: Run, minutes: float) -> None:
     """The VAE's decoder goes on alone: by crops, then by whole pictures, whose edges a crop seldom shows."""
     latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
-    for name, share, options in (
-        ("crops", 0.8, {"crop": 128, "batch": 8, "lr": 1e-3}),
-        ("whole", 0.2, {"crop": SIZE, "batch": 2, "lr": 4e-4}),
-    ):
-        model = AutoencoderKL.from_pretrained(run.work / "vae")
-        _train_vae(run, f"decoder_{name}_run", model, share * minutes, latents=latents, **options)
+    place = run.work / "vae_critic_run" / "vae"
+    place = place if place.is_dir() else run.work / "vae"  # of `unpack`
+    for name, share, lr, crop, batch in (("crops", 0.8, 1e-3, 128, 8), ("whole", 0.2, 4e-4, SIZE, 2)):
+        model = AutoencoderKL.from_pretrained(place)
+        place = train_vae(
+            run, f"decoder_{name}_run", model, share * minutes, lr=lr, crop=crop, batch=batch, latents=latents
+        )
+    write_whole(run.work / "vae", lambda draft: shutil.copytree(place, draft))
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

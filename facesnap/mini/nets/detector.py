@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from facesnap.mini import augment as views
 from facesnap.mini.augment import FaceSet
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.common import NetStage, Residual, conv, split, to_input, to_onnx, train
 from facesnap.training.trainer import Batch
 
@@ -156,7 +157,7 @@ def train_detector(
     """Train the detector on scenes of 160² to 256² (`augment.scene`) and write `out/detector.onnx`."""
     torch.manual_seed(seed)
     training, held_out = split(faces)
-    backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)
+    backgrounds = Backgrounds(np.random.default_rng(seed), 256, faces.images)
 
     def draw(rng: np.random.Generator) -> Batch:
         size = int(rng.choice((160, 192, 256), p=(0.3, 0.4, 0.3)))
@@ -174,7 +175,7 @@ def train_detector(
 
     def measure(net: nn.Module) -> dict[str, float]:
         rng = np.random.default_rng(5)
-        fixed = views.Backgrounds(rng, 256, faces.images, count=40)
+        fixed = Backgrounds(rng, 256, faces.images, count=40)
         return detector_figures(net, [views.scene(faces, held_out, fixed, rng, 256) for _ in range(160)])
 
     net = net or Detector()

@@ -29,6 +29,7 @@ from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around
 from facesnap.geometry import square_crop, warp
 from facesnap.mini import augment as views
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.tokenizer import token_ids
 from facesnap.synthetic.dataset import People
 from facesnap.training.trainer import Batch, Stage
@@ -74,7 +75,7 @@ class FaceEncoderStage(Stage):
         self.crops, self.labels = crops, labels
         self.groups = list(people.by_person().values())
         self.batch_size = min(batch_size, len(self.groups))
-        self.backgrounds = views.Backgrounds(np.random.default_rng(0), SIDE, people.images)
+        self.backgrounds = Backgrounds(np.random.default_rng(0), SIDE, people.images)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"face_encoder": self.encoder, "text_encoder_2": self.text, "scale": self.scale, "naming": self.naming}
@@ -134,7 +135,7 @@ def named_words(captions: Sequence[str], least: float = 0.004) -> tuple[list[str
 def view(
     crop: np.ndarray,
     labels: np.ndarray,
-    backgrounds: views.Backgrounds,
+    backgrounds: Backgrounds,
     rng: np.random.Generator,
     *,
     mirror: bool = True,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from facesnap.mini import augment as views
 from facesnap.mini.augment import FaceSet
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.common import NetStage, Residual, conv, split, to_input, to_onnx, train
 from facesnap.training.trainer import Batch
 
@@ -70,9 +71,9 @@ def train_landmarks(
     """Train the landmark net on `augment.landmark_view` and write `out/landmarks.onnx`."""
     torch.manual_seed(seed)
     training, held_out = split(faces)
-    backgrounds = views.Backgrounds(np.random.default_rng(seed), 256, faces.images)
+    backgrounds = Backgrounds(np.random.default_rng(seed), 256, faces.images)
 
-    def view(index: int, pool: views.Backgrounds, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def view(index: int, pool: Backgrounds, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         crop, points = views.landmark_view(faces, index, pool, rng)
         return crop, points / 96 - [1, 1, 0]
 
@@ -86,7 +87,7 @@ def train_landmarks(
     @torch.no_grad()
     def measure(net: nn.Module) -> dict[str, float]:
         rng = np.random.default_rng(5)
-        fixed = views.Backgrounds(rng, 256, faces.images, count=40)
+        fixed = Backgrounds(rng, 256, faces.images, count=40)
         errors, depths = [], []
         for _ in range(6):
             inputs = collate([view(index, fixed, rng) for index in rng.choice(held_out, 32)])

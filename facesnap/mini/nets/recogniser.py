@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from facesnap.mini import augment as views
 from facesnap.mini.augment import FaceSet
+from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.common import NetStage, split, to_input, to_onnx, train
 from facesnap.training.trainer import Batch
 
@@ -151,7 +152,7 @@ def train_recogniser(
     torch.manual_seed(seed)
     training, held_out = split(faces)
     # A meets photographs at use; B and C see nothing but renders and portraits
-    backgrounds = views.Backgrounds(np.random.default_rng(seed), 112, faces.images) if variant == "A" else None
+    backgrounds = Backgrounds(np.random.default_rng(seed), 112, faces.images) if variant == "A" else None
     first = training[np.unique(faces.person[training], return_index=True)[1]]
     known = faces.parameters[first][:, faces.is_identity]
     known = known[:, known.std(0) > 1e-6]

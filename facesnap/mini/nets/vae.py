@@ -5,10 +5,10 @@ pipeline knows one scaling factor for all channels; ours have a mean and a devia
 folded into the 1 × 1 convolutions around the latents when training ends (`fold_normalisation`), and the
 factor is 1.
 
-    python -m facesnap.training.vae --data DIR --out DIR --export DIR --minutes M [--threads T]
-    python -m facesnap.training.vae … --start DIR --critic           # and texture: the last third of the training
-    python -m facesnap.training.vae … --latents FILE --start DIR     # the decoder alone: latents stay what they were
-    torchrun --nproc-per-node 2 -m facesnap.training.vae … --steps N # by processes, which count steps
+    python -m facesnap.mini.nets.vae --data DIR --out DIR --export DIR --minutes M
+    python -m facesnap.mini.nets.vae … --start DIR --critic           # and texture: the last third of the training
+    python -m facesnap.mini.nets.vae … --latents FILE --start DIR     # the decoder alone: latents stay what they were
+    torchrun --nproc-per-node 2 -m facesnap.mini.nets.vae … --steps N # by processes, which count steps
 
 Training goes by crops of 128², more often around the eyes and the mouth, which are small and matter most, and
 weighs them up in the loss as well. Encoder and decoder learn together. `--features` asks that frozen nets read the
@@ -30,11 +30,11 @@ from transformers import CLIPVisionModel
 
 from facesnap.faces import five_points
 from facesnap.landmarks import to_68
+from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
 from facesnap.training.checkpointing import write_whole
 from facesnap.training.iresnet import IResNet
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
-from facesnap.training.vae_losses import FaceFeatures, PatchCritic
 
 LATENT_CHANNELS = 32
 WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
@@ -355,7 +355,6 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="where the VAE is saved in the end (default: OUT/vae)")
     parser.add_argument("--minutes", type=float, default=55)
     parser.add_argument("--steps", type=int, help="instead of minutes; what several processes need")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -372,7 +371,6 @@ def main() -> None:
     if args.latents and args.start is None:
         parser.error("--latents needs --start: a decoder learns to read the latents of a given encoder")
 
-    torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()

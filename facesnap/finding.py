@@ -130,7 +130,7 @@ class Finder:
             sights = [first]
             for turns in (1, 2, 3):
                 turned = np.ascontiguousarray(np.rot90(bgr, turns))
-                sights.append(replace(self._judged(turned, next(self._attempts(turned))), turns=turns))
+                sights.append(replace(self._judged(turned, next(self._attempts(turned, 1.0))), turns=turns))
             best = max(sights, key=lambda sight: sight.quality)
             if best.faces:
                 return best
@@ -170,16 +170,17 @@ class Finder:
                 break
         return Candidate(box, score, by, landmarks, float(np.mean(movements)))
 
-    def _attempts(self, bgr: np.ndarray) -> Iterator[Found]:
-        """From the likeliest to the last resort; each is computed only if it is asked for."""
+    def _attempts(self, bgr: np.ndarray, larger: float = 0.5) -> Iterator[Found]:
+        """From the likeliest to the last resort; each is computed only if it is asked for. larger: of the second size,
+        from which on a picture is searched at that size at once."""
         longer = max(bgr.shape[:2])
-        first = [size for size in self.sizes[:2] if size == self.sizes[0] or longer > size / 2]
+        first = [size for size in self.sizes[:2] if size == self.sizes[0] or longer > size * larger]
         yield self._detect(bgr, first, "detector")
         fitting = [size for size in self.sizes if size <= LARGEST_SIZE or longer > size / 2]
         yield self._detect(bgr, [size for size in fitting if size not in first], "resized")
         border = longer // 2
         grey = cv2.copyMakeBorder(bgr, *[border] * 4, cv2.BORDER_CONSTANT, value=(127, 127, 127))
-        padded = self._detect(grey, [size for size in self.sizes if size <= LARGEST_SIZE], "padded")
+        padded = self._detect(grey, [size for size in self.sizes if size < LARGEST_SIZE], "padded")  # for large faces
         yield Found(padded.boxes - border, padded.scores, "padded")
         boxes = haar(bgr)
         yield Found(boxes, np.zeros(len(boxes), np.float32), "haar")

@@ -1,4 +1,4 @@
-"""Photographs: the mini knows rendered people only, so how does it take to real ones?
+"""Photographs: the mini knows rendered people only, so how does it take to real ones, and to pictures of nobody?
 
 Seven faces that every installation already has: scikit-image's `astronaut()` (NASA, public domain) and the
 six people of InsightFace's bundled picture `t1`. Only the marks below, made by hand on the enlarged
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from facesnap import landmarks
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report, traits
+from facesnap.evaluation import faceless, metrics, protocol, report, traits
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import from_pretrained
 
@@ -93,6 +93,8 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.sheet:
         portraits_sheet(model, analyser, arguments, rows)
     found = [row for row in rows if row["found_by"] is not None]
+    turned = [reads_turned(marked, turns, analyser) for marked in MARKED for turns in (1, 2, 3)]
+    taken = {name: shows_person(picture, analyser) for name, picture in tqdm(faceless.pictures(), desc="faceless")}
     return {
         "settings": settings,
         "results": {
@@ -100,9 +102,30 @@ def run(arguments: argparse.Namespace) -> dict:
             "found": len(found),
             "found_without_haar": sum(row["found_by"] != "haar" for row in found),
             "median_error": float(np.median([row["error"] for row in found])) if found else None,
+            "turned": len(turned),
+            "turned_right": sum(turned),
+            "faceless": len(taken),
+            "refused": len(taken) - sum(taken.values()),
+            "taken_for_people": [name for name, wrong in taken.items() if wrong],
             "each": rows,
         },
     }
+
+
+def reads_turned(marked: Marked, turns: int, analyser: FaceAnalyser) -> bool:
+    """Whether a photograph that was turned by quarter turns counter-clockwise is turned back."""
+    try:
+        return analyser.analyse(np.ascontiguousarray(np.rot90(cut_out(marked), turns))).turned == 90 * turns
+    except InputError:
+        return False
+
+
+def shows_person(picture: np.ndarray, analyser: FaceAnalyser) -> bool:
+    try:
+        analyser.analyse(picture)
+    except InputError:
+        return False
+    return True
 
 
 def look(marked: Marked, analyser: FaceAnalyser, mean: np.ndarray) -> dict:
@@ -170,7 +193,10 @@ def lines(results: dict) -> list[tuple[str, object, str]]:
         ("faces found", results["found"], f"of {results['faces']}"),
         ("without Haar", results["found_without_haar"], ""),
         ("median error", results["median_error"], "eye distances, of those found"),
+        ("read upright", results["turned_right"], f"of {results['turned']} that were turned by 90, 180 and 270°"),
+        ("refused", results["refused"], f"of {results['faceless']} pictures without a face"),
     ]
+    rows += [(f"  taken for a person: {name}", "", "") for name in results["taken_for_people"]]
     for row in results["each"]:
         rows.append((f"  {row['name']}", row.get("error", "none"), row.get("refused", row["found_by"])))
     return rows

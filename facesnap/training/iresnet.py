@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class IResNet(nn.Module):
             raise ValueError(f"there is no recogniser at {path}: give the path of its ONNX file")
         try:
             graph = onnx.load(path).graph
-            net = _read(graph)
+            net = _Reader(graph).read()
         except Exception as error:  # protobuf's own errors, and whatever a graph of another kind trips over
             raise ValueError(
                 f"{path.name} is no IResNet in ArcFace's layout ({type(error).__name__}: {error}): give a recogniser "
@@ -76,88 +76,96 @@ class IResNet(nn.Module):
         return net
 
 
-def _read(graph: onnx.GraphProto) -> IResNet:
-    """The layers in the order of the graph, which is that of the forward pass."""
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    mirror = False
-    for node in graph.node:
-        if node.op_type == "Constant":
-            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type in ("Identity", "Cast", "Unsqueeze") and node.input[0] in values:
-            values[node.output[0]] = values[node.input[0]]  # weights stored in half precision, slopes given a shape
-        elif node.op_type in ("Conv", "PRelu", "LeakyRelu", "BatchNormalization", "Gemm", "MatMul"):
-            nodes.append(node)
-        elif node.op_type == "Concat" and not nodes:
-            mirror = True
+class _Reader:
+    """The layers of a graph in its order, which is that of the forward pass, each taken once."""
 
-    def value(name: str) -> Tensor:
-        return torch.from_numpy(np.array(values[name], np.float32))
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.nodes: list[onnx.NodeProto] = []
+        self.mirror = False
+        for node in graph.node:
+            if node.op_type == "Constant":
+                self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            elif node.op_type in ("Identity", "Cast", "Unsqueeze") and node.input[0] in self.values:
+                # weights stored in half precision, slopes given a shape
+                self.values[node.output[0]] = self.values[node.input[0]]
+            elif node.op_type in ("Conv", "PRelu", "LeakyRelu", "BatchNormalization", "Gemm", "MatMul"):
+                self.nodes.append(node)
+            elif node.op_type == "Concat" and not self.nodes:
+                self.mirror = True
 
-    def take(*kinds: str) -> onnx.NodeProto:
-        found = nodes.pop(0) if nodes else None
+    def read(self) -> IResNet:
+        stem = nn.Sequential(self.conv(), self.act())
+        blocks = []
+        while len(self.nodes) > 1 and self.nodes[1].op_type == "Conv":
+            main = self.norm(nn.BatchNorm2d), self.conv(), self.act(), self.conv()
+            blocks.append(Block(*main, self.conv() if self.next_is("Conv") else nn.Identity()))
+        head = [self.norm(nn.BatchNorm2d), nn.Flatten(), self.linear()]
+        if self.nodes:
+            head.append(self.norm(nn.BatchNorm1d))
+        if self.nodes:
+            raise ValueError(f"{len(self.nodes)} layers after the embedding")
+        return IResNet(stem, blocks, nn.Sequential(*head), mirror=self.mirror)
+
+    def next_is(self, kind: str) -> bool:
+        return bool(self.nodes) and self.nodes[0].op_type == kind
+
+    def take(self, *kinds: str) -> onnx.NodeProto:
+        found = self.nodes.pop(0) if self.nodes else None
         if found is None or found.op_type not in kinds:
             raise ValueError(f"{' or '.join(kinds)} expected, found {found.op_type if found else 'the end'}")
         return found
 
-    def conv() -> nn.Conv2d:
-        node = take("Conv")
+    def value(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(self.values[name], np.float32))
+
+    def conv(self) -> nn.Conv2d:
+        node = self.take("Conv")
         a = _attributes(node)
-        weight = value(node.input[1])
+        weight = self.value(node.input[1])
         outer, inner, size, _ = weight.shape
         pads = a.get("pads", [0] * 4)
         if a.get("group", 1) != 1 or set(a.get("dilations", [1])) != {1} or set(pads) != {size // 2}:
             raise ValueError(f"a convolution with {a}")
-        bias = value(node.input[2]) if len(node.input) > 2 else torch.zeros(outer)
-        if nodes and nodes[0].op_type == "BatchNormalization" and nodes[0].input[0] == node.output[0]:
-            scale, shift = _scale_and_shift(nodes.pop(0), value)  # an exporter that did not fold it
+        bias = self.value(node.input[2]) if len(node.input) > 2 else torch.zeros(outer)
+        if self.next_is("BatchNormalization") and self.nodes[0].input[0] == node.output[0]:
+            scale, shift = self.scale_and_shift()  # an exporter that did not fold it
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         layer = nn.Conv2d(inner, outer, size, a.get("strides", [1])[0], size // 2)
         layer.load_state_dict({"weight": weight, "bias": bias})
         return layer
 
-    def norm(kind: type[nn.Module]) -> nn.Module:
-        scale, shift = _scale_and_shift(take("BatchNormalization"), value)
+    def norm(self, kind: type[nn.Module]) -> nn.Module:
+        scale, shift = self.scale_and_shift()
         layer: Any = kind(len(scale), eps=0.0)  # mean 0, variance 1: what is left is the scale and the shift
         layer.weight.data, layer.bias.data = scale, shift
         return layer
 
-    def act() -> nn.PReLU:
-        node = take("PRelu", "LeakyRelu")
-        slopes = (
-            value(node.input[1]).flatten() if node.op_type == "PRelu" else torch.tensor([_attributes(node)["alpha"]])
-        )
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What a BatchNormalization does to each channel: x → scale · x + shift."""
+        node = self.take("BatchNormalization")
+        weight, bias, mean, variance = (self.value(name) for name in node.input[1:5])
+        scale = weight / (variance + _attributes(node).get("epsilon", 1e-5)).sqrt()
+        return scale, bias - mean * scale
+
+    def act(self) -> nn.PReLU:
+        node = self.take("PRelu", "LeakyRelu")
+        is_leaky = node.op_type == "LeakyRelu"
+        slopes = torch.tensor([_attributes(node)["alpha"]]) if is_leaky else self.value(node.input[1]).flatten()
         layer = nn.PReLU(len(slopes))
         layer.load_state_dict({"weight": slopes})
         return layer
 
-    stem = nn.Sequential(conv(), act())
-    blocks = []
-    while len(nodes) > 1 and nodes[1].op_type == "Conv":
-        main = norm(nn.BatchNorm2d), conv(), act(), conv()
-        blocks.append(Block(*main, conv() if nodes and nodes[0].op_type == "Conv" else nn.Identity()))
-    last = norm(nn.BatchNorm2d)
-    product = take("Gemm", "MatMul")
-    weight = value(product.input[1])
-    if not _attributes(product).get("transB"):
-        weight = weight.T
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
-    bias = value(product.input[2]) if len(product.input) > 2 else torch.zeros(len(weight))
-    linear.load_state_dict({"weight": weight, "bias": bias})
-    head = [last, nn.Flatten(), linear]
-    if nodes:
-        head.append(norm(nn.BatchNorm1d))
-    if nodes:
-        raise ValueError(f"{len(nodes)} layers after the embedding")
-    return IResNet(stem, blocks, nn.Sequential(*head), mirror=mirror)
+    def linear(self) -> nn.Linear:
+        product = self.take("Gemm", "MatMul")
+        weight = self.value(product.input[1])
+        if not _attributes(product).get("transB"):
+            weight = weight.T
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        bias = self.value(product.input[2]) if len(product.input) > 2 else torch.zeros(len(weight))
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        return layer
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-
-
-def _scale_and_shift(node: onnx.NodeProto, value: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """What a BatchNormalization does to each channel: x → scale · x + shift."""
-    weight, bias, mean, variance = (value(name) for name in node.input[1:5])
-    scale = weight / (variance + _attributes(node).get("epsilon", 1e-5)).sqrt()
-    return scale, bias - mean * scale

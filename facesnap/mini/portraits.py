@@ -42,7 +42,7 @@ from facesnap.training.trainer import Stage, Trainer, TrainerConfig
 LOSS = LossConfig(weighting="capped_snr", features=2.0)
 JOINT = LossConfig(weighting="capped_snr", features=2.0, background=0.5)
 # λ 0.25, counted twice at every second step; a rendered target is known, and the branch is asked for it too
-IDENTITY = {"weight": 0.25, "steps": 2, "most_steps": 8, "every": 2, "samples": 16}
+IDENTITY: dict[str, Any] = {"weight": 0.25, "steps": 2, "most_steps": 8, "every": 2, "samples": 16}
 BRANCH = 0.25
 
 

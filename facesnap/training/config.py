@@ -13,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from facesnap.errors import did_you_mean
-from facesnap.ffrnet import VARIANTS
+from facesnap.ffrnet import VARIANTS, Variant
 from facesnap.training.identity import IdentityConfig
 from facesnap.training.photos import PhotoConfig
 from facesnap.training.portraits import LEARN, LossConfig
@@ -31,7 +31,7 @@ class TrainConfig:
     out: str
     validation: str | None = None  # shards of people who are not trained on; None: the sheets show training pictures
     validation_samples: int = 6
-    variant: str | None = None  # a row of Table 3; the model's own by default
+    variant: Variant | None = None  # a row of Table 3; the model's own by default
     learn: str = "all"  # or "light": of FFRNet what reads face and drawing, and its outputs; for small cards
     steps: int = 360_000
     accumulate: int = 1  # batches a step and process
@@ -84,8 +84,8 @@ class TrainConfig:
         return TrainerConfig(**values | {"out": Path(self.out), "device": device})
 
 
-for kind in (TrainConfig, PhotoConfig, LossConfig, IdentityConfig):
-    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a key that does not exist is an error
+for section in (TrainConfig, PhotoConfig, LossConfig, IdentityConfig):
+    setattr(section, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010 (an unknown key is an error)
 
 
 def read_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

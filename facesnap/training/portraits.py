@@ -88,7 +88,9 @@ class Source(Protocol):
     keys, the samples' names.
     """
 
-    validation: Batch | None  # what the sheets are made of; also with pixels (B, 3, H, W) and crops (B, 1, s, s, 3)
+    @property
+    def validation(self) -> Batch | None:
+        """What the sheets are made of; also with pixels (B, 3, H, W) and crops (B, 1, s, s, 3)."""
 
     def batches(self, position: int, seed: int, rank: int, world: int) -> Iterable[Batch]:
         """The batches of one process, from number `position` on."""

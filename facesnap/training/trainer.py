@@ -264,7 +264,7 @@ class Trainer:
 
     def _gradients(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The norm of each weighted loss's gradient on each module that learns."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, value in parts.items():
             gradients = torch.autograd.grad(value, self.parameters, retain_graph=True, allow_unused=True)
             squares: dict[str, list[Tensor]] = defaultdict(list)

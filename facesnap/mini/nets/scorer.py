@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 LEAST_CLOTHES = 0.01  # of the picture: a head that fills it leaves them no room
 SHARES = {"face": 0.3, "whole": 0.7}  # of the minutes
-RECIPE = {"optimiser": "muon", "lr": 3e-3, "betas": (0.9, 0.98), "ema": 0.995, "hold": 0.2}
+RECIPE: dict[str, Any] = {"optimiser": "muon", "lr": 3e-3, "betas": (0.9, 0.98), "ema": 0.995, "hold": 0.2}
 
 
 class Block(nn.Module):

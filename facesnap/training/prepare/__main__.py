@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -78,7 +79,12 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, Optio
 def begin(out: Path, source: str, options: Options, photos: Sequence[Photo]) -> str:
     """Note what is being done, or check that the same was begun before; returns a name for it."""
     names = hashlib.sha256("\n".join(photo.name for photo in photos).encode()).hexdigest()
-    now = {"source": Path(source).name, "photos": len(photos), "names": names, "options": asdict(options)}
+    now: dict[str, Any] = {
+        "source": Path(source).name,
+        "photos": len(photos),
+        "names": names,
+        "options": asdict(options),
+    }
     path = out / "prepare.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +108,7 @@ def part_jobs(args: argparse.Namespace, options: Options, photos: Sequence[Photo
     captions: dict[str, str] = {}
     if options.captions not in ("none", "given", "blip2"):
         captions = read_table(options.captions, "caption", photos)
-    jobs = []
+    jobs: list[PartJob] = []
     for start_at in range(0, len(photos), options.photos_per_part):
         some = tuple(photos[start_at : start_at + options.photos_per_part])
         own = {photo.name: captions[photo.name] for photo in some if photo.name in captions}

@@ -45,7 +45,7 @@ def same_people(embeddings: np.ndarray, cosine: float, *, block: int = 8192, exa
     count, width = embeddings.shape
     # Above `exact` an inverted file of half-precision vectors, with faiss's rule of 4 √N cells.
     kind = "Flat" if count <= exact else f"IVF{round(4 * math.sqrt(count))},SQfp16"
-    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         index.train(_singles(embeddings[np.random.default_rng(0).permutation(count)[: 40 * index.nlist]]))
         index.nprobe = min(PROBES, index.nlist)

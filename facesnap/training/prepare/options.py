@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 MINI = Path("assets/mini")
 BLIP2 = "Salesforce/blip2-opt-2.7b"
@@ -52,8 +53,9 @@ class Options:
     def absolute(self) -> "Options":
         """With the folders of models as any working directory finds them; Hub ids stay."""
         names = ("pack", "head", "parser", "caption_model")
-        places = {name: value for name in names if (value := getattr(self, name)) and Path(value).is_dir()}
-        return replace(self, **{name: str(Path(value).resolve()) for name, value in places.items()})
+        places: dict[str, Any] = {name: getattr(self, name) for name in names}
+        local = {name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).is_dir()}
+        return replace(self, **dict[str, Any](local))
 
 
 class Rejected(Exception):

@@ -34,7 +34,7 @@ class Sample:
 
     def members(self, picture_format: str) -> dict[str, bytes]:
         arrays = io.BytesIO()
-        np.savez(arrays, **self.arrays)
+        np.savez(arrays, **dict[str, Any](self.arrays))
         return {
             picture_format: encoded(self.picture, picture_format),
             "mask.png": encoded(self.mask, "png"),

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
 from facesnap.faces import Recogniser
-from facesnap.ffrnet import FFRNet
+from facesnap.ffrnet import FFRNet, Variant
 from facesnap.mini import augment
 from facesnap.mini.consistency import ConsistencyStage, embeddings_of
 from facesnap.mini.features import Features, phi_of
@@ -146,16 +147,19 @@ def portrait_stage(
     *,
     joint: bool = False,
     identity: IdentityConfig = IdentityConfig(),  # noqa: B008 (frozen)
+    variant: Variant = "predicted",
     keep_controls: bool = True,
     batch_size: int = 32,
 ) -> PortraitStage:
     """The stage over the features that lie in the work folder; `identity` adds equation 4.
 
-    keep_controls: the control pictures' embedding has learned before; it stays frozen and its output is kept.
+    variant: a row of Table 3. keep_controls: the control pictures' embedding has learned before; it stays frozen and
+    its output is kept.
     """
     place = run.work / "features"
     known, looks = load_people(run.data), _looks(place, "faces", "clip")
     pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae"), parts)
+    pipe.settings = replace(pipe.settings, variant=variant)
     options: dict[str, Any] = {"device": run.device, "loss": JOINT if joint else LOSS}
     phi = None
     if identity.recogniser is not None:

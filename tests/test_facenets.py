@@ -182,8 +182,8 @@ def test_every_face_has_an_anchor_and_decodes_to_itself():
     centre = rng.uniform(side[:, None] / 2, 256 - side[:, None] / 2, (200, 2))
     half = np.stack([0.4 * side, 0.5 * side], 1)
     boxes = torch.from_numpy(np.concatenate([centre - half, centre + half], 1).astype(np.float32))[:, None]
-    centres, sizes = net._anchors(256, 256, torch.device("cpu"))
-    choice, positive = net._assign(centres, sizes, boxes, torch.ones(200, 1, dtype=torch.bool))
+    centres, sizes = net.anchors(256, 256, torch.device("cpu"))
+    choice, positive = net.assign(centres, sizes, boxes, torch.ones(200, 1, dtype=torch.bool))
     assert positive.any(1).all()
     assert positive.sum(1).float().mean() < 80  # and not half of the picture
 

@@ -43,7 +43,7 @@ def steps_in_pieces(overrides: list[str], count: int) -> None:
     trainer = Trainer(stage, config.trainer(), accelerator)
     batches = stage.stream(0, config.seed)
     for _ in range(config.steps):
-        trainer._log({key: float(value) for key, value in trainer.update(next(batches)).items()}, 1.0)
+        trainer.log({key: float(value) for key, value in trainer.update(next(batches)).items()}, 1.0)
 
 
 def steps(overrides: list[str], count: int, gradients: Path) -> Trainer:

@@ -214,7 +214,7 @@ class Trainer:
                 ends = self.share >= 1
                 if counts["loss"] == config.log_every or ends:
                     speed = (self.step - started_step) / max(self.spent - started, 1e-9)
-                    self._log({key: float(value) / counts[key] for key, value in sums.items()}, speed)
+                    self.log({key: float(value) / counts[key] for key, value in sums.items()}, speed)
                     sums.clear()
                     counts.clear()
                 if _due(config.sheet_every, self.step, self.spent >= sheet_at, ends):
@@ -301,7 +301,7 @@ class Trainer:
 
     # ---- what it leaves behind -----------------------------------------------------------------------------
 
-    def _log(self, means: dict[str, float], speed: float) -> None:
+    def log(self, means: dict[str, float], speed: float) -> None:
         if not self.accelerator.is_main_process:
             return
         share = self.share

@@ -79,8 +79,8 @@ class Detector(nn.Module):
         DIoU on boxes; L1 on points as fractions of the box."""
         height, width = pictures.shape[-2:]
         logits, found, spots = self.decode(self(pictures), height, width)
-        centres, sizes = self._anchors(height, width, pictures.device)
-        choice, positive = self._assign(centres, sizes, boxes, real)
+        centres, sizes = self.anchors(height, width, pictures.device)
+        choice, positive = self.assign(centres, sizes, boxes, real)
         row = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(choice)[positive]
         wanted, wanted_points = boxes[row, choice[positive]], points[row, choice[positive]]
         iou, diou = overlaps(found[positive], wanted)
@@ -97,7 +97,7 @@ class Detector(nn.Module):
             "points": 4 * spot.mean((1, 2)).sum() / count,
         }
 
-    def _anchors(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def anchors(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         centres, sizes = [], []
         for stride, pair in zip(STRIDES, self.sizes, strict=True):
             here = anchor_centres(height, width, stride, device)
@@ -105,7 +105,7 @@ class Detector(nn.Module):
             sizes.append(torch.tensor(pair, device=device).repeat(len(here) // 2))
         return torch.cat(centres), torch.cat(sizes)
 
-    def _assign(self, centres: Tensor, sizes: Tensor, boxes: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def assign(self, centres: Tensor, sizes: Tensor, boxes: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Which face each anchor should find (B, N), and whether any: those near the face's middle whose size
         is within half an octave of the face's."""
         side = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1)  # (B, G, 2)

@@ -248,11 +248,8 @@ def crop_corner(people: People, row: int, crop: int, rng: np.random.Generator) -
 
 
 def crop_and_weight(people: People, row: int, x: int, y: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop)
-    float32.
-
-    Weights: background and clothes 1, the head 1.5, eyes and mouth 4.
-    """
+    """A square crop of one picture, (crop, crop, 3) uint8, and the weight of its pixels, (crop, crop) float32: of
+    background and clothes 1, of the head 1.5, of eyes and mouth 4."""
     points = people.landmarks[row]
     window = np.s_[y : y + crop, x : x + crop]
     labels = people.masks[row][window]

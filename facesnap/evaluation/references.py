@@ -6,6 +6,7 @@ of their tokens makes the portrait. The paper names averaging as its own gap. Be
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,18 @@ def summary(ledger: report.Ledger, requests: list[protocol.Request], people: lis
     for other in ("averaged", "good alone"):
         gain, name = cosines["fused"] - cosines[other], f"fused_minus_{other.replace(' ', '_')}"
         found[name] = float(gain.mean())
-        found[f"{name}_95"] = metrics.interval(lambda i, g=gain: float(g[i].mean()), groups)
+        found[f"{name}_95"] = metrics.interval(partial(_mean, gain), groups)
     return found
+
+
+def _mean(values: np.ndarray, rows: np.ndarray) -> float:
+    return float(values[rows].mean())
 
 
 def sheet(requests: list[protocol.Request], work: Path, path: Path, rows: int) -> None:
     """The four references, the three portraits and the true render, one person a row."""
-    shown, seen = [], set()
+    shown: list[list[np.ndarray]] = []
+    seen = set()
     for number, request in enumerate(requests):
         places = [portraits.reference_path(work, request.person)]
         places += [work / f"{name}_{request.person}.png" for name in ("profile", "blurred", "dark")]

@@ -29,7 +29,7 @@ from facesnap.errors import InputError
 from facesnap.evaluation import methods, metrics, plan, score
 from facesnap.evaluation.__main__ import parse
 from facesnap.faces import FaceAnalyser, Recogniser
-from facesnap.ffrnet import FFRNet
+from facesnap.ffrnet import FFRNet, Variant
 from facesnap.heads import from_pretrained as read_head
 from facesnap.mini.joint import CONTROL_WIDTHS, load_parts, make_pipe, save_parts
 from facesnap.mini.portraits import latest, portrait_stage
@@ -50,12 +50,16 @@ class TableRow:
 
     name: str
     mixer: str
-    variant: str
+    variant: Variant
     paper: tuple[float, float, float]
 
     @property
+    def trained_as(self) -> Variant:
+        return "predicted" if self.variant == "driver" else self.variant
+
+    @property
     def training(self) -> str:
-        return f"{self.mixer}-{'predicted' if self.variant == 'driver' else self.variant}"
+        return f"{self.mixer}-{self.trained_as}"
 
 
 TABLES: dict[int, tuple[TableRow, ...]] = {
@@ -79,10 +83,9 @@ TABLES: dict[int, tuple[TableRow, ...]] = {
 
 def train(run: Run, row: TableRow, seed: int, place: Path, samples: int) -> None:
     """One training, into `place`/parts; goes on where a killed one stopped."""
-    variant = row.training.split("-")[1]
     torch.manual_seed(seed)
-    stage = portrait_stage(run, fresh(load_parts(latest(run, "joint", "start")), row.mixer), variant=variant,
-                           keep_controls=False, batch_size=BATCH)  # fmt: skip
+    parts = fresh(load_parts(latest(run, "joint", "start")), row.mixer)
+    stage = portrait_stage(run, parts, variant=row.trained_as, keep_controls=False, batch_size=BATCH)
     steps = max(1, samples // (BATCH * PartialState().num_processes))
     config = TrainerConfig(
         place / "run", steps=steps, optimiser="muon", lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, ema=0.999,
@@ -115,8 +118,7 @@ def write_model(run: Run, row: TableRow, place: Path, out: Path) -> None:
         head_model=read_head(run.work / "head"),
         scorer=Recogniser(run.work / "scorer" / "recogniser.onnx"),
     )
-    variant: Any = row.training.split("-")[1]
-    pipe.settings = replace(pipe.settings, name=row.training, variant=variant)
+    pipe.settings = replace(pipe.settings, name=row.training, variant=row.trained_as)
 
     def save(draft: Path) -> None:
         pipe.save_pretrained(draft, dtype=torch.float16)

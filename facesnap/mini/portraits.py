@@ -172,7 +172,7 @@ def portrait_stage(
     # guidance goes from a picture without FFRNet to one with it: the joint stage teaches both
     config = KeptConfig(batch_size, without_ffrnet=0.15 if joint else 0.0, drop_face=0.05)
     source = KeptFeatures(
-        pipe, known, np.load(place / "latents.npy"), looks, config, phi=phi,
+        pipe, known, np.load(place / "latents.npy", mmap_mode="r"), looks, config, phi=phi,
         photographed=_looks(place, "photographed", "clip_photographed"), poor=_looks(place, "poor", "clip_poor"),
     )  # fmt: skip
     stage = (JointStage if joint else PortraitStage)(pipe, source, **options)
@@ -184,14 +184,14 @@ def portrait_stage(
 
 
 def _looks(place: Path, features: str, clip: str) -> Looks:
-    return Looks(Features.load(place / features), np.load(place / f"{clip}.npy"))
+    return Looks(Features.load(place / features), np.load(place / f"{clip}.npy", mmap_mode="r"))
 
 
 def _kept(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array from a file, computed first where it is not there."""
+    """An array from a file, computed first where it is not there; processes share its pages."""
     if not path.exists():
         save_array(path, compute())
-    return np.load(path)
+    return np.load(path, mmap_mode="r")
 
 
 def latest(run: Run, *stages: str) -> Path:

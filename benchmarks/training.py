@@ -13,7 +13,7 @@ Four tables:
    at SDXL's size. Goal: 8 steps take at most 1.15 × the memory of 1. `sdxl_step` is a whole training step: from
    the second use of FFRNet on (the masked loss, or a second step) one sum of its gradients waits inside PyTorch for the
    last use, which `sdxl_fake` shows as a step from 1 to 2.
-4. What a card must hold for the runs of docs/training.md, in GB: counted in the same way.
+4. What a card must hold for the runs of docs/training_costs.md, in GB: counted in the same way.
 """
 
 import argparse
@@ -56,10 +56,10 @@ PARTS = ("speed", "operations", "memory", "cards")
 STEPS = (1, 2, 4, 8)
 ALPHAS = torch.linspace(0.999, 0.005, 1000)  # made here, since a fake tensor has no values
 NO_AUTOCAST = contextlib.nullcontext()
-RUNS = {  # of configs/, as docs/training.md tells them
+RUNS = {  # of configs/, as docs/training_costs.md tells them
     "sdxl.yaml": {"side": 1024, "count": 7, "steps": 4, "samples": 7, "optimiser_bytes": 8},
     "sdxl.yaml, no identity loss": {"side": 1024, "count": 7, "optimiser_bytes": 8},
-    "sdxl-24gb.yaml": {"side": 768, "count": 1, "steps": 1, "learn": "light", "optimiser_bytes": 2},
+    "sdxl-24gb.yaml": {"side": 768, "count": 1, "learn": "light", "optimiser_bytes": 2},
 }
 FACE = np.array([[0.38, 0.40], [0.62, 0.40], [0.50, 0.52], [0.41, 0.64], [0.59, 0.64]])  # of a picture's side
 
@@ -325,9 +325,10 @@ def small_peaks(model: str) -> dict[int, int]:
 
 
 def sdxl_parts() -> tuple[UNet2DConditionModel, FFRNet, IdentityLoss]:
-    """SDXL as it is trained: frozen weights in bfloat16, FFRNet in float32, gradient checkpointing on."""
+    """SDXL as it is trained: the UNet in bfloat16, VAE and FFRNet in float32, gradient checkpointing on."""
     with default_dtype(torch.bfloat16):  # fake weights cannot be converted in place
-        unet, vae = sdxl_unet(), sdxl_vae()
+        unet = sdxl_unet()
+    vae = sdxl_vae()
     ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
     for module in (unet, ffrnet, vae):
         module.enable_gradient_checkpointing()
@@ -381,13 +382,13 @@ def whole_step(
 
 
 def card(run: dict) -> dict:
-    """GB on a card of one of the runs of docs/training.md: weights and what hangs on them, and a step's peak."""
+    """GB on a card of one of the runs of docs/training_costs.md: weights and what hangs on them, and a step's peak."""
     step = {key: value for key, value in run.items() if key != "optimiser_bytes"}
     peak, learning = whole_step(**step)
     flop, _ = whole_step(**step, operations=True)
     told = json.loads((ROOT / "benchmarks" / "results" / "flops-sdxl.json").read_text())["weights_gb_float16"]
     phi = 4 * sum(p.numel() for p in iresnet50().parameters()) / 1e9
-    weights = phi + sum(2 * gb if name in ("mixer", "ffrnet") else gb for name, gb in told.items())
+    weights = phi + sum(2 * gb if name in ("mixer", "ffrnet", "vae") else gb for name, gb in told.items())
     state = learning * (4 + 4 + run["optimiser_bytes"]) / 1e9  # gradient, EMA, optimiser
     sizes = {"weights_gb": weights, "state_gb": state, "peak_gb": peak / 1e9}
     return run | sizes | {"sum_gb": sum(sizes.values()), "tflop_a_sample": flop / 1e12 / run["count"]}

@@ -1,13 +1,16 @@
 """The trainer: resuming, averages, rates, and what a crash leaves behind."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecision
 
 from facesnap.training.optim import orthogonal, rate
+from facesnap.training.processes import keep_inputs
 from facesnap.training.trainer import Stage, Trainer, TrainerConfig
 
 
@@ -215,6 +218,15 @@ def test_a_scaled_loss_is_unscaled_once_for_both_optimisers(tmp_path):
         weights.append([p.detach().clone() for p in trainer.parameters])
     for plain, scaled in zip(*weights, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_fsdps_precision_is_for_weights_and_not_for_a_batchs_points():
+    plugin = SimpleNamespace(mixed_precision_policy=MixedPrecision(param_dtype=torch.bfloat16))
+    assert plugin.mixed_precision_policy.cast_root_forward_inputs  # 1023.5 would become 1024
+    keep_inputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert not policy.cast_root_forward_inputs and not policy.cast_forward_inputs
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_orthogonal_keeps_the_directions_and_evens_the_strengths():

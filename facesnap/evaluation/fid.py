@@ -94,8 +94,10 @@ def distances(real: np.ndarray, made: np.ndarray, *, seed: int = 0) -> tuple[flo
             f"FID needs at least 2 pictures on each side, and there are {len(real)} real and {len(made)} made ones."
         )
     given = Given(real.shape[1])
-    fid = FrechetInceptionDistance(feature=given)
-    kid = KernelInceptionDistance(feature=given, subset_size=min(SUBSET, max(2, fewest // 2)), subsets=SUBSETS)
+    # the first process has the features of all and computes alone: the others must not be waited for
+    options = {"feature": given, "sync_on_compute": False}
+    fid = FrechetInceptionDistance(**options)
+    kid = KernelInceptionDistance(**options, subset_size=min(SUBSET, max(2, fewest // 2)), subsets=SUBSETS)
     for features, is_real in ((real, True), (made, False)):
         # KID's third powers overflow nothing in doubles, and FID's square root loses less
         tensor = torch.from_numpy(np.asarray(features, np.float64))

@@ -9,7 +9,7 @@
     truth, vae                    the true picture, the ceiling; and the true picture through the checkpoint's VAE
 
 A method's folder holds the pictures, `method.json` (which method, which plan) and `made*.jsonl`, a line a picture:
-{"file", "seconds", "peak_memory_gb"} or {"file", "failed": why}. Several processes (`accelerate launch`) share the
+{"file", "seconds", "peak_memory_gb"} or {"file", "failed": why}. Several processes (`torchrun`) share the
 rows; what a killed run has made stays.
 """
 

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         there = [row.file for row in plan.rows if row.file not in failures[folder.name]]
         pictures |= {f"{folder.name}/{file}": folder / file for file in there}
     own = {p for row in plan.rows for p in (row.reference, row.driver, row.truth) if p}
-    pictures |= {f"plan/{path}": plan.folder / path for path in own}
+    pictures |= {f"plan/{path}": plan.folder / path for path in sorted(own)}
     real = sorted(path for path in arguments.real.iterdir() if path.is_file()) if arguments.real else []
     pictures |= {f"real/{path.name}": path for path in real}
 

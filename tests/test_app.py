@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from hub_server import Hub, serving
 from PIL import Image
 
 import app
@@ -86,6 +88,28 @@ def test_the_spaces_header_is_complete():
     pins = dict(line.split("==") for line in (ROOT / "pre-requirements.txt").read_text().split())
     assert pins["torch"] in ("2.8.0", "2.9.1", "2.10.0", "2.11.0")  # those that ZeroGPU lists
     assert keys["python_version"].strip('"') in ("3.10.13", "3.12", "3.12.12")
+
+
+def test_the_documented_upload_makes_a_space(tmp_path):
+    """docs/space.md's own command, in the checkout, against a Hub that refuses binaries in git."""
+    command = re.search(r"```bash\n(hf upload.*?)```", (ROOT / "docs" / "space.md").read_text(encoding="utf-8"), re.S)
+    hub, hf = Hub(), Path(sys.executable).parent
+    with serving(hub) as address:
+        environment = os.environ | {
+            "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PATH": f"{hf}:{os.environ['PATH']}",
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euc", command[1]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.created[0] | {"type": "space", "sdk": "gradio"} == hub.created[0]
+    sent = {path for path in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()}
+    wanted = {path for path in sent if path.startswith(("facesnap/", "assets/")) or path in ("app.py", "README.md")}
+    assert wanted <= set(hub.files) and not [
+        p for p in hub.files if p.startswith(("tests/", "docs/")) or "__pycache__" in p
+    ]
+    assert all(hub.files[path] == (ROOT / path).read_bytes() for path in ("app.py", "assets/mini/facesnap.json"))
 
 
 def test_requirements_are_those_of_the_package_and_its_page():

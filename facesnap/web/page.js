@@ -35,10 +35,14 @@ for (const kind of ["input", "change"]) {
 }
 
 // Gradio names every radio button otherwise; of one name they are one group, which Tab enters once and arrows go through.
-const group = () => document.querySelectorAll("fieldset").forEach((set) => {
-  for (const radio of set.querySelectorAll("input[type=radio]")) if (radio.name !== set.id) radio.name = set.id;
-});
-new MutationObserver(group).observe(document, {childList: true, subtree: true});
+// And an example's picture says the same as the words below it, which a screen reader need not hear twice.
+const amend = () => {
+  for (const set of document.querySelectorAll("fieldset")) {
+    for (const radio of set.querySelectorAll("input[type=radio]")) if (radio.name !== set.id) radio.name = set.id;
+  }
+  for (const picture of document.querySelectorAll("#examples img:not([alt=''])")) picture.alt = "";
+};
+new MutationObserver(amend).observe(document, {childList: true, subtree: true});
 
 // Pictures pasted anywhere go where photos go.
 document.addEventListener("paste", (event) => {

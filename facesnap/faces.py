@@ -16,7 +16,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from insightface.app import FaceAnalysis
 from insightface.app.common import Face as InsightFace
 from insightface.model_zoo import get_model
 from insightface.utils.face_align import norm_crop
@@ -77,18 +76,20 @@ class FaceAnalyser:
         self.pack_dir = _pack_folder(Path(pack_dir))
         self.sizes, self.threshold = sizes, threshold
         try:
-            analysis = FaceAnalysis(name=str(self.pack_dir), allowed_modules=list(TASKS), providers=list(providers))
-        except AssertionError:  # InsightFace's way of saying that no file looks like a detector
-            raise InputError(_lacks(pack_dir, "detection")) from None
+            # One by one: InsightFace's own `FaceAnalysis` takes brackets in a path for a pattern.
+            loaded = [get_model(str(file), providers=list(providers)) for file in sorted(self.pack_dir.glob("*.onnx"))]
         except Exception as error:  # onnxruntime's and protobuf's errors share no ancestor but this
             raise InputError(
                 f"The face pack {str(pack_dir)!r} cannot be loaded, a file in it is damaged: fetch it again."
             ) from error
+        self._models: dict[str, Any] = {}
+        for model in loaded:
+            if model is not None and model.taskname in TASKS:
+                self._models.setdefault(model.taskname, model)
         for task in TASKS:
-            if task not in analysis.models:
+            if task not in self._models:
                 raise InputError(_lacks(pack_dir, task))
-        analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=(sizes[0], sizes[0]))
-        self._models: dict[str, Any] = analysis.models
+        self._models["detection"].prepare(0, det_thresh=threshold, input_size=(sizes[0], sizes[0]))
         self._finder = Finder(self._models["detection"], self._models["landmark_3d_68"], sizes, threshold)
 
     @classmethod

@@ -194,7 +194,8 @@ class InstantIDPipeline(FaceSnapPipeline):
         """
         embeddings = torch.from_numpy(np.stack([face.embedding for face in faces]))
         pairs = torch.stack([torch.zeros_like(embeddings), embeddings]).flatten(0, 1)
-        tokens = self.mixer(pairs.to(self._execution_device, self.mixer.dtype))
+        adapter = self._part("mixer")
+        tokens = adapter(pairs.to(self._execution_device, adapter.dtype))
         return MixerOutput(tokens=tokens.unflatten(0, (2, -1)).flatten(1, 2), pooled=None)
 
     def preview(

@@ -37,7 +37,7 @@ class MixerOutput(BaseOutput):
     """`tokens` (B, m, token_dim) for FFRNet's cross-attention; `pooled` (B, pooled_dim) for its timestep."""
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None  # with a default, or accelerate's offloading cannot make one anew
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -52,6 +53,11 @@ from facesnap.request import STOCK_ARGUMENTS, Request, frame_size, variant_of
 from facesnap.results import Expression, FaceSnapOutput, Picture, PreviewResult, Source
 from facesnap.speed import Preset, ending_guidance, halved_images
 
+OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
+# What diffusers' pipelines tell of their last call, as properties: num_timesteps, guidance_scale, …
+LAST_CALL = (
+    "_num_timesteps", "_guidance_scale", "_guidance_rescale", "_clip_skip", "_cross_attention_kwargs", "_denoising_end",
+)  # fmt: skip
 FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 
@@ -115,6 +121,8 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             scorer=scorer,
         )
         self.settings = settings or Settings()
+        self._interrupt = False
+        self._shared: FaceSnapPipeline | None = None  # whose copy this is, while a call is at work
 
     # ------------------------------------------------------------------ folders
 
@@ -145,11 +153,13 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        _refuse_paths(given | kwargs)
         place, dtype = local_folder(model, **hub), dtype or torch_dtype
         settings = read_settings(place, model, cls.kind)
         ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
         base = read_base(place, model, dtype, variant=variant, **kwargs)
-        return cls._around(base, ours, settings)
+        return cls._around(base, ours, settings, **options)
 
     @classmethod
     def from_pipe(  # type: ignore[override]
@@ -170,9 +180,12 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 brought to the dtype and device of the pipeline's UNet.
             providers: ONNX Runtime's, for the face pack and the scorer of `model`.
             components: single parts to use instead.
+
+        Without a model, and around a stock pipeline, it lacks our parts: give them as `components`.
         """
         settings = getattr(pipeline, "settings", None)
         ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
+        _refuse_paths(components)
         given = {name: components.pop(name) for name in OUR_PARTS if name in components}
         if model is not None:
             place = local_folder(model)
@@ -186,15 +199,11 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
     @classmethod
     def _around(cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any) -> FaceSnapPipeline:
+        options: dict[str, Any] = {name: overrides.pop(name) for name in OPTIONS if name in overrides}
         optional = ("image_encoder", "feature_extractor")
-        parts = {name: getattr(base, name, None) for name in (*BASE_PARTS, *optional)} | overrides
-        return cls(
-            **parts,
-            **ours,
-            settings=settings,
-            force_zeros_for_empty_prompt=base.config.force_zeros_for_empty_prompt,
-            add_watermarker=getattr(base, "watermark", None) is not None,
-        )
+        parts: dict[str, Any] = {name: getattr(base, name, None) for name in (*BASE_PARTS, *optional)} | overrides
+        options = {"force_zeros_for_empty_prompt": base.config.force_zeros_for_empty_prompt} | options
+        return cls(**parts, **ours, settings=settings, **options)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -243,14 +252,23 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
     @property
     def predictor(self) -> LandmarkPredictor:
-        return LandmarkPredictor(self.head_model)
+        return LandmarkPredictor(self._part("head_model"))
+
+    def _part(self, name: str) -> Any:
+        part = getattr(self, name)
+        if part is None:
+            raise InputError(
+                f"This pipeline has no {name}: give `from_pipe` a FaceSnap checkpoint as its model, or {name}=."
+            )
+        return part
 
     def analyse(self, source: Source, role: str = "The photo") -> Face:
         """The face of a photo; a `Face` is passed on as it is. `role` opens the sentence of an error."""
         if isinstance(source, Face):
             return source
+        analyser = self._part("face_analyser")
         try:
-            return self.face_analyser.analyse(open_image(source))
+            return analyser.analyse(open_image(source))
         except InputError as error:
             raise InputError(f"{role}: {error}") from error
 
@@ -263,14 +281,15 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         """
         device, crops = self._execution_device, np.stack([face.crop for face in faces])
         embeddings = torch.from_numpy(np.stack([face.embedding for face in faces])).float()
-        features = face_features(self.face_encoder, crops, device, self.settings.saturation)
+        features = face_features(self._part("face_encoder"), crops, device, self.settings.saturation)
         return embeddings[None].to(device), features[None]
 
     @torch.no_grad()
     def mix(self, faces: Sequence[Face]) -> MixerOutput:
         """Faces of one person → tokens (1, m, token_dim) and pooled (1, pooled_dim)."""
         embeddings, features = self.encode_faces(faces)
-        return self.mixer(embeddings.to(self.mixer.dtype), features.to(self.mixer.dtype))
+        mixer = self._part("mixer")
+        return mixer(embeddings.to(mixer.dtype), features.to(mixer.dtype))
 
     def preview(
         self,
@@ -414,8 +433,11 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         mixed = self.mix(preview.reference_faces)
         # The stock call writes its progress into the pipeline and the scheduler. Both are others for this call, so
         # that the shared pipeline never changes and a callback can set what it likes; the modules are the same.
+        self._interrupt = False
         working = copy.copy(self)
-        working.scheduler = request.scheduler
+        working.scheduler, working._shared = request.scheduler, self
+        if request.variant != "none":
+            self._part("ffrnet")
         starts_guided = request.guidance > 1 and self.unet.config.time_cond_proj_dim is None
         stock, end = request.stock, request.speed.guidance_end
         ends_guidance = starts_guided and 0 < end < 1
@@ -441,7 +463,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                 hooks.enter_context(hook)
                 if ends_guidance:
                     hooks.enter_context(halved_images(working.unet, lambda: working.do_classifier_free_guidance))
-                return StableDiffusionXLPipeline.__call__(
+                images = StableDiffusionXLPipeline.__call__(
                     working,
                     list(request.prompts) or None,
                     height=request.size[0],
@@ -453,6 +475,14 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         except BaseException:
             working.maybe_free_model_hooks()  # the stock call does so only when it succeeds
             raise
+        for name in LAST_CALL:
+            setattr(self, name, getattr(working, name))
+        return images
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call at work skips the steps that are left: `pipe._interrupt = True`, from anywhere."""
+        return self._interrupt or (self._shared is not None and self._shared._interrupt)
 
     def _output(self, request: Request, preview: PreviewResult, images: Any, score: bool) -> FaceSnapOutput:
         scores: tuple[float | None, ...] = ()
@@ -588,3 +618,21 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 def _control(drawing: np.ndarray) -> Tensor:
     """A drawing (h, w, 3) uint8 → FFRNet's control picture (1, 3, h, w) in [0, 1]."""
     return torch.from_numpy(drawing).permute(2, 0, 1)[None].float() / 255
+
+
+def _refuse_paths(components: dict[str, Any]) -> None:
+    for name, part in components.items():
+        if name in (*BASE_PARTS, *OUR_PARTS) and isinstance(part, str | os.PathLike):
+            raise InputError(f"The {name} was given as a path; load it first, and give what that returns.")
+
+
+def _whole_signature() -> inspect.Signature:
+    """Of the call: our arguments, and those of the stock call that are passed on."""
+    own = inspect.signature(FaceSnapPipeline.__call__)
+    ours = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+    stock = inspect.signature(StableDiffusionXLPipeline.__call__).parameters.items()
+    passed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in stock if name not in own.parameters]
+    return own.replace(parameters=[*ours, *(p for p in passed if p.name != "kwargs")])
+
+
+FaceSnapPipeline.__call__.__signature__ = _whole_signature()  # type: ignore[attr-defined]

@@ -174,6 +174,8 @@ def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
         made = kind.from_config(own.config, **options)
     else:
         raise InputError(f"There is no sampler {name!r}; choose {', '.join(SCHEDULERS)}.")
+    if getattr(made.config, "clip_sample", False):  # at ±1, as pictures are; latents go beyond, and would turn gray
+        made.register_to_config(clip_sample=False)
     if isinstance(made, DPMSolverSDEScheduler):  # draws its noise from a seed of its own, by default a random one
         alone = isinstance(generator, torch.Generator)
         made.noise_sampler_seed = generator.initial_seed() if alone else [g.initial_seed() for g in generator]

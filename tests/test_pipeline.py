@@ -21,7 +21,7 @@ from facesnap.attachment import parts_of
 from facesnap.errors import InputError
 from facesnap.ffrnet import attach
 from facesnap.folder import BASE_PARTS
-from facesnap.pipeline import FaceSnapPipeline
+from facesnap.pipeline import LAST_CALL, FaceSnapPipeline
 from facesnap.request import SCHEDULERS
 
 ALICE, BOB = photo(1), photo(2)
@@ -372,7 +372,7 @@ def state(pipe):
     """All that a request could change: attributes, configs, weights and hooks."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     return {
-        "attributes": {k: repr(v) for k, v in vars(pipe).items() if k not in pipe.components},
+        "attributes": {k: repr(v) for k, v in vars(pipe).items() if k not in (*pipe.components, *LAST_CALL)},
         "identities": {k: id(v) for k, v in pipe.components.items()},
         "scheduler": {k: repr(v) for k, v in vars(pipe.scheduler).items()},
         "weights": {n: sum(p.double().abs().sum().item() for p in m.parameters()) for n, m in modules.items()},

@@ -172,6 +172,11 @@ def _load_lora(pipe: Any, place: Path) -> None:
         raise InputError(
             f"The LoRA '{files[0].name}' does not fit this base model or is damaged ({type(error).__name__})."
         ) from error
+    if not pipe.get_list_adapters():  # diffusers says so in its log only
+        raise InputError(
+            f"The LoRA '{files[0].name}' does not fit this base model: no layer of it has that name. It was made for "
+            "another architecture; use one for SDXL."
+        )
 
 
 def ffrnet_place(wanted: Plan) -> Path:

@@ -1,0 +1,144 @@
+"""The pipeline as diffusers' users call it: schedulers, outputs, offloading, interrupts, and parts that are missing."""
+
+import inspect
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from tiny import photo, tiny_pipeline
+
+from facesnap import checkpoints
+from facesnap.checkpoints.plans import MINI
+from facesnap.errors import InputError
+from facesnap.faces import FaceAnalyser
+from facesnap.folder import BASE_PARTS
+from facesnap.mixer import MixerOutput
+from facesnap.pipeline import FaceSnapPipeline
+from facesnap.request import SCHEDULERS, Request
+from facesnap.speed import Speed
+
+ALICE = photo(1)
+
+
+def portrait(pipe, **how):
+    return pipe("a photo", reference=ALICE, **{"seed": 0, "num_inference_steps": 3, "score": False} | how)
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+def test_latents_are_not_clipped_as_if_they_were_pictures(pipe, kind):
+    """diffusers' default for both clips at ±1: a fifth of the mini's latents lie beyond, and portraits turn gray."""
+    made = [
+        portrait(FaceSnapPipeline.from_pipe(pipe, scheduler=kind(clip_sample=clip)), output_type="latent").images
+        for clip in (True, False)
+    ]
+    assert torch.equal(*made) and made[0].abs().max() > 1
+
+
+def test_no_scheduler_that_fits_clips(pipe):
+    arguments = {name: None for name in inspect.signature(Request.of).parameters} | dict.fromkeys(
+        ("identity_scale", "landmark_scale", "ffrnet_scale"), 1.0
+    )
+    arguments |= {"settings": pipe.settings, "prompt": "a photo", "size": (64, 64), "stock": {}}
+    own = [kind() for kind in pipe.scheduler.compatibles]
+    for scheduler, name in [(made, None) for made in own] + [(pipe.scheduler, name) for name in SCHEDULERS]:
+        request = Request.of(**arguments | {"own_scheduler": scheduler, "scheduler": name})
+        assert not getattr(request.scheduler.config, "clip_sample", False), scheduler
+    assert request.speed == Speed()
+
+
+def test_steps_are_those_that_were_made(pipe):
+    assert portrait(pipe, timesteps=[900, 500, 100, 10], num_inference_steps=None).steps == 4
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+def test_the_output_is_diffusers_own_kind(pipe):
+    out = portrait(pipe, output_type="np")
+    assert out[0] is out.images and out["images"] is out.images and out.to_tuple()[0] is out.images
+    (images,) = portrait(pipe, output_type="np", return_dict=False)
+    assert np.array_equal(images, out.images)
+
+
+def test_the_signature_names_every_argument():
+    known = inspect.signature(FaceSnapPipeline.__call__).parameters
+    assert {"reference", "negative_prompt", "callback_on_step_end", "ip_adapter_image", "generator"} <= known.keys()
+    assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+
+
+def test_what_the_last_call_was_can_be_asked(pipe):
+    portrait(pipe, guidance_scale=3.5)
+    assert (pipe.num_timesteps, pipe.guidance_scale, pipe.clip_skip) == (3, 3.5, None)
+
+
+def test_a_call_can_be_interrupted_from_outside():
+    ours, calls = tiny_pipeline(), []
+    ours.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def stop(request, step, timestep, tensors):
+        ours._interrupt = True  # as another thread would
+        return {}
+
+    portrait(ours, callback_on_step_end=stop)
+    assert len(calls) == 1
+    portrait(ours)
+    assert len(calls) == 4  # the next call is not cut short
+
+
+def test_accelerate_can_move_face_tokens():
+    moved = send_to_device(MixerOutput(tokens=torch.ones(1, 2, 3), pooled=torch.ones(1, 3)), "cpu")
+    assert moved.tokens.shape == (1, 2, 3) and moved.pooled.shape == (1, 3)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def stock_of(ours):
+    return StableDiffusionXLPipeline(**{name: getattr(ours, name) for name in BASE_PARTS}, add_watermarker=False)
+
+
+def test_a_pipeline_without_our_parts_says_what_it_lacks(pipe):
+    bare = FaceSnapPipeline.from_pipe(stock_of(pipe))
+    for part in ("head_model", "face_analyser", "face_encoder", "mixer", "ffrnet"):
+        with pytest.raises(InputError, match=f"has no {part}: give `from_pipe` a FaceSnap checkpoint as its model"):
+            portrait(bare)
+        bare.register_modules(**{part: getattr(pipe, part)})
+    assert portrait(bare).images
+
+
+def test_components_are_not_given_as_paths(pipe, tmp_path, tiny_readers):
+    pipe.save_pretrained(tmp_path)
+    for name in ("head_model", "vae"):
+        with pytest.raises(InputError, match=f"The {name} was given as a path; load it first"):
+            FaceSnapPipeline.from_pretrained(tmp_path, **{name: str(tmp_path / "head")})
+        with pytest.raises(InputError, match=f"The {name} was given as a path; load it first"):
+            FaceSnapPipeline.from_pipe(pipe, **{name: tmp_path / "head"})
+
+
+def test_nothing_is_watermarked_unless_asked_for(pipe, tmp_path, tiny_readers):
+    """diffusers' own switches on with the library; it cannot mark landscapes below 256² and speckles small pictures."""
+    marking = StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in BASE_PARTS}, add_watermarker=True)
+    pipe.save_pretrained(tmp_path)
+    assert FaceSnapPipeline.from_pipe(marking).watermark is None
+    assert FaceSnapPipeline.from_pretrained(tmp_path).watermark is None
+    assert FaceSnapPipeline.from_pretrained(tmp_path, add_watermarker=True).watermark is not None
+    assert FaceSnapPipeline.from_pipe(marking, add_watermarker=True).watermark is not None
+
+
+def test_a_lora_of_another_architecture_is_refused(tmp_path):
+    weights = {f"transformer.blocks.0.attn.to_q.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}
+    save_file(weights, tmp_path / "flux.safetensors")
+    with pytest.raises(InputError, match="The LoRA 'flux.safetensors' does not fit this base model"):
+        checkpoints.load("mini", lora=tmp_path, device="cpu")
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    pack = shutil.copytree(MINI / "face_pack", tmp_path / "a[b]" / "pack[1]")
+    assert FaceAnalyser(pack).pack_dir == pack

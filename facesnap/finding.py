@@ -121,21 +121,26 @@ class Finder:
         """The faces of a picture, turned so that they are upright; without any, the likeliest of the other boxes.
 
         Where the first search is not sure, the three other quarter turns are searched in the same way and the best
-        is taken; only then come the slower ways to find a face, in the picture as it stands."""
+        is taken; only then come the slower ways to find a face, in the picture as it stands. What `hard` gives, if it
+        gives anything, is called before each of these searches, and may wait."""
         attempts = self._attempts(bgr)
         first = self._judged(bgr, next(attempts), LEAST_QUALITY)
         if first.is_sure:
             return first
-        with hard or nullcontext():
+        with hard or nullcontext() as given:
+            pause = given or (lambda: None)
             sights = [first]
             for turns in (1, 2, 3):
+                pause()
                 turned = np.ascontiguousarray(np.rot90(bgr, turns))
                 sights.append(replace(self._judged(turned, next(self._attempts(turned, 1.0))), turns=turns))
             best = max(sights, key=lambda sight: sight.quality)
             if best.faces:
                 return best
+            pause()
             for found in attempts:
                 sights.append(self._judged(bgr, found))
+                pause()
                 if sights[-1].faces:
                     return sights[-1]
         as_it_stands = [sight for sight in sights if not sight.turns]

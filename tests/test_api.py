@@ -420,9 +420,10 @@ def test_folders_links_and_foreign_files_are_no_photos_and_deletion_goes_on(page
         for form in (str(place), {"path": str(place), "meta": {"_type": "gradio.FileData"}}):
             assert "not uploaded here" in call(page, "preview", {"reference": form})
     body = {"data": [{"path": str(path.parent.parent), "meta": {"_type": "gradio.FileData"}}], "session_hash": "s"}
-    for number, event in page.demo.fns.items():  # the page's own events, too
-        sent = body | {"fn_index": number, "data": body["data"] * max(1, len(event.inputs))}
-        HTTP.post(f"{page.url}gradio_api/queue/join", json=sent)
+    with page.demo.listeners.stream("s"):
+        for number, event in page.demo.fns.items():  # the page's own events, too
+            sent = body | {"fn_index": number, "data": body["data"] * max(1, len(event.inputs))}
+            HTTP.post(f"{page.url}gradio_api/queue/join", json=sent)
     link.unlink()
     uploads.sweep(uploads.folder(), -1, frozenset(uploads._page_files))
     assert not path.exists()

@@ -74,6 +74,22 @@ def test_nobody_waits_for_what_nobody_listens_to():
     assert not late.is_alive()
 
 
+def test_an_address_that_only_asks_is_refused_before_anything_is_done(monkeypatch):
+    monkeypatch.setattr("facesnap.web.line.MOST_ASKED", 2)
+    listeners = Listeners()
+    for _ in range(5):  # who listens may ask as often as it likes
+        listeners.ask(None, "1.1.1.1")
+        with listeners.stream("call", "1.1.1.1"):
+            pass
+    for _ in range(2):
+        listeners.ask(None, "6.6.6.6")
+    with pytest.raises(Busy, match="faster than it listens"):
+        listeners.ask(None, "6.6.6.6")
+    listeners.ask(None, "1.1.1.1")
+    with listeners.stream("page", "6.6.6.6"):
+        listeners.ask("page", "6.6.6.6")
+
+
 def test_the_oldest_unheard_request_makes_room(monkeypatch):
     monkeypatch.setattr("facesnap.web.line.MOST_UNHEARD", 2)
     listeners, dropped = Listeners(), []

@@ -49,21 +49,22 @@ class Door:
             return
         route = path.partition(API + "/")[2].strip("/").split("/")
         if scope["method"] == "GET" and (session := _stream_of(route, scope)):
-            with self.listeners.stream(session):
+            with self.listeners.stream(session, _address_of(scope)):
                 await self.app(scope, receive, send)
             return
         answer = _Answer(send, plain=route[0] == "upload")  # which the page shows as it is
         try:
             if scope["method"] == "POST" and route[0] in ("call", "queue"):
-                receive = await self._checked(route, receive)
+                receive = await self._checked(route, receive, _address_of(scope))
             await self.app(scope, receive, answer)
         except InputError as error:
             await answer.say(str(error), 400)
         except Exception as error:
             await answer.say(sentence(error), 500)
 
-    async def _checked(self, route: Sequence[str], receive: Receive) -> Receive:
-        """The request's body again, once it is known to be of the right form; InputError otherwise."""
+    async def _checked(self, route: Sequence[str], receive: Receive, address: str) -> Receive:
+        """The request's body again, once it is known to be of the right form; InputError otherwise, and where the
+        address only asks."""
         body = await _body(receive)
         if body is None:
             return receive
@@ -78,6 +79,7 @@ class Door:
             given.pop("session_hash", None)  # each call has a session and a stream of its own
         elif not isinstance(given.get("data"), list) or not isinstance(given.get("session_hash"), str):
             raise InputError(MALFORMED)
+        self.listeners.ask(given.get("session_hash"), address)
         sent = [json.dumps(given).encode()]
 
         async def again() -> Message:
@@ -167,10 +169,20 @@ def visitor_of(request: gr.Request) -> Visitor:
     """Where a request comes from. Behind a proxy it is the last address on the way that is not of a private network:
     what stands before it was written by the caller."""
     peer = request.client.host if request.client else ""
-    hops = [hop.strip() for hop in request.headers.get("x-forwarded-for", "").split(",")]
-    if hops != [""] and not _is_public(peer):
-        peer = next((hop for hop in reversed(hops) if _is_public(hop)), hops[-1])
-    return Visitor(peer, request.session_hash or "")
+    return Visitor(_beyond_proxies(peer, request.headers.get("x-forwarded-for", "")), request.session_hash or "")
+
+
+def _address_of(scope: Mapping[str, Any]) -> str:
+    """The same of an ASGI request."""
+    forwarded = [value.decode("latin-1") for name, value in scope.get("headers", []) if name == b"x-forwarded-for"]
+    return _beyond_proxies((scope.get("client") or ("",))[0], ",".join(forwarded))
+
+
+def _beyond_proxies(peer: str, forwarded: str) -> str:
+    hops = [hop.strip() for hop in forwarded.split(",")]
+    if hops == [""] or _is_public(peer):
+        return peer
+    return next((hop for hop in reversed(hops) if _is_public(hop)), hops[-1])
 
 
 def _is_public(address: str) -> bool:

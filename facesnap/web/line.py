@@ -18,6 +18,7 @@ from facesnap.errors import InputError
 MEMORY = 30.0  # seconds in which what a visitor has used counts half
 PATIENCE = 5.0  # seconds for a client to open the stream of its answers after it asked
 MOST_UNHEARD = 16
+MOST_ASKED = 20  # requests of an address in that time, beyond those whose answers it listens to
 NOBODY = "Nobody listens for the answer any more: ask again, and read the stream of events until it ends."
 
 
@@ -80,6 +81,13 @@ class Line:
                 pass
             yield
 
+    def quiet(self, patience: float) -> None:
+        """Returns when nobody is in the line, or after so many seconds."""
+        end = time.monotonic() + patience
+        with self._moved:
+            while (self._waiting or self._served) and (left := end - time.monotonic()) > 0:
+                self._moved.wait(left)
+
     def _refuse_too_many(self, visitor: Visitor) -> None:
         inside = [*self._waiting, *self._served]
         if len(self._waiting) >= self.most:
@@ -133,13 +141,30 @@ class Listeners:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
         self._unheard: list[object] = []
+        self._asked: dict[str, list[float]] = {}  # address → when it asked for what it has not listened to
         self._changed = threading.Condition()
 
+    def ask(self, session: str | None, address: str) -> None:
+        """Somebody asks, and will listen. Busy, before anything is done, for an address that only asks."""
+        now = time.monotonic()
+        with self._changed:
+            if session in self._open:
+                return
+            self._asked = {who: times for who, times in self._asked.items() if now - times[-1] < PATIENCE}
+            asked = [then for then in self._asked.get(address, []) if now - then < PATIENCE]
+            if len(asked) >= MOST_ASKED:
+                raise Busy("Your address asks faster than it listens: read the stream of events of what it asked for.")
+            self._asked[address] = [*asked, now]
+
     @contextmanager
-    def stream(self, session: str) -> Iterator[None]:
+    def stream(self, session: str, address: str = "") -> Iterator[None]:
         """While the block lasts, somebody listens."""
         with self._changed:
             self._open[session] += 1
+            if asked := self._asked.get(address):
+                del asked[0]
+                if not asked:
+                    del self._asked[address]
             self._changed.notify_all()
         try:
             yield

@@ -123,16 +123,21 @@ class Studio:
             place.enter_context((self.hard_readings if is_large(path) else self.readings).wait(visitor))
 
             @contextmanager
-            def hard() -> Iterator[None]:
+            def hard() -> Iterator[Callable[[], None]]:
                 place.close()
                 with self.hard_readings.wait(visitor):
-                    yield
+                    yield self._let_others_pass
 
             photo = open_image(path)
             face = self.pipeline.face_analyser.analyse(photo, hard=hard())
         if not self.pipeline.head_model.reads_pictures:
             face = replace(face, image=None)
         return around(photo, face)
+
+    def _let_others_pass(self) -> None:
+        """Between the searches of a hard photograph: other photographs and portraits go first, for a moment."""
+        self.readings.quiet(0.5)
+        self.portraits.quiet(0.5)
 
     def look(self, request: PortraitRequest, read: Callable[[str, str], Reading] | None = None) -> Look:
         """How the photos are read, and the landmarks a portrait would follow; InputError as a sentence.

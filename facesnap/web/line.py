@@ -18,7 +18,7 @@ from facesnap.errors import InputError
 MEMORY = 30.0  # seconds in which what a visitor has used counts half
 PATIENCE = 5.0  # seconds for a client to open the stream of its answers after it asked
 MOST_UNHEARD = 16
-MOST_ASKED = 20  # requests of an address in that time, beyond those whose answers it listens to
+MOST_ASKED = 8  # requests of an address in that time, beyond those whose answers it listens to
 NOBODY = "Nobody listens for the answer any more: ask again, and read the stream of events until it ends."
 
 

@@ -177,7 +177,7 @@ class Events:
 
     def show_room(self, paths: list[str] | None, consent: bool) -> tuple[Any, Any]:
         """Whether another photo is offered; and who takes the last one out may put another person in."""
-        return gr.UploadButton(visible=bool(paths) and len(paths) < MAX_REFERENCES), consent and bool(paths)
+        return gr.UploadButton(visible=0 < len(paths or ()) < MAX_REFERENCES), consent and bool(paths)
 
     def show_unknown(self, prompt: str) -> Any:
         notes = unknown_words(prompt or "", self.studio.pipeline.tokenizer)

@@ -7,6 +7,7 @@ model has a name for.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ class Form:
             )
 
 
-def bare_radio(choices: list[tuple[str, str]], value: str, label: str, elem_id: str) -> gr.Radio:
+def bare_radio(choices: Sequence[tuple[str, str]], value: str, label: str, elem_id: str) -> gr.Radio:
     """A radio group that page.css shows as tiles or words in a row."""
     return gr.Radio(
         choices, value=value, label=label, show_label=False, container=False, elem_id=elem_id,

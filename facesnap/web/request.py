@@ -89,8 +89,8 @@ class Spec:
     preview: bool = False
 
 
-def _field(kind: Any, default: Any, text: str, *words: str, **rest: Any) -> Any:
-    return field(default=default, metadata={"spec": Spec(kind, text, *words, **rest)})
+def _field(kind: Any, default: Any, text: str, label: str = "", info: str = "", **rest: Any) -> Any:
+    return field(default=default, metadata={"spec": Spec(kind, text, label, info, **rest)})
 
 
 def _number(default: Any, low: float, high: float, text: str, *words: str, **rest: Any) -> Any:
@@ -179,7 +179,8 @@ class PortraitRequest:
         """The same with the references as one list. InputError where they are too many."""
         if (count := len(photos)) > MAX_REFERENCES:
             raise InputError(f"There are {count} photos; choose at most {MAX_REFERENCES} of one person.")
-        return cls(**dict(zip(REFERENCES, photos, strict=False)), **rest)
+        references: dict[str, Any] = dict(zip(REFERENCES, photos, strict=False))
+        return cls(**references, **rest)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> PortraitRequest:

@@ -168,7 +168,7 @@ def compared(reference: np.ndarray, portrait: np.ndarray, landmarks: np.ndarray)
     """The face of the photo and the same part of the portrait side by side. landmarks (72, 2) in its pixels."""
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
     half, (x, y) = 0.9 * (high - low).max(), (low + high) / 2
-    box = [round(value) for value in (x - half, y - 1.15 * half, x + half, y + 0.85 * half)]
+    box = (round(x - half), round(y - 1.15 * half), round(x + half), round(y + 0.85 * half))
     cut = np.asarray(Image.fromarray(portrait).crop(box))
     figures = [
         _figure(reference, "your photo", "The face in your photo.", side=288),

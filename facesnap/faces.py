@@ -40,8 +40,8 @@ class Face:
     of faces seen; found_by "detector", "resized", "padded" or "haar"; image (H, W, 3), the analysed picture itself
     and no copy of it, for a head model that reads pictures (DECA). turned: degrees, 90, 180 or 270, by which the
     picture was turned clockwise to be upright; tilt: degrees by which the head was tilted counter-clockwise in it
-    before the picture was turned about its middle, 0 where it was read as it is. After either, `image` and all points
-    are those of the turned picture."""
+    before the picture was turned about the face, 0 where it was read as it is, and straightening (2, 3) the turn
+    itself, points before → after. After either, `image` and all points are those of the turned picture."""
 
     box: np.ndarray
     score: float
@@ -55,6 +55,7 @@ class Face:
     image: np.ndarray | None = field(default=None, repr=False)
     turned: int = 0
     tilt: float = 0.0
+    straightening: np.ndarray | None = field(default=None, repr=False)
 
 
 class FaceAnalyser:
@@ -122,7 +123,7 @@ class FaceAnalyser:
         if not sight.faces:
             raise InputError(_refusal(bgr, sight))
         face = sight.faces[0]
-        turned, tilt, box = sight.turns, 0.0, face.box
+        turned, tilt, straightening, box = sight.turns, 0.0, None, face.box
         if turned:
             image = np.ascontiguousarray(np.rot90(image, turned))
         if face.by == "haar":
@@ -138,9 +139,9 @@ class FaceAnalyser:
             raise InputError(f"What was seen {_where(image, box)} is a drawing: {ADVICE}")
         if abs(face.roll) > MOST_TILT:
             tilt = face.roll
-            image, box = self._straightened(image, face.landmarks, -tilt)
+            image, box, straightening = self._straightened(image, face.landmarks, -tilt)
         read = self.describe(image, box, face.score, count=sight.count, found_by=face.by)
-        return replace(read, turned=-90 * turned % 360, tilt=tilt)
+        return replace(read, turned=-90 * turned % 360, tilt=tilt, straightening=straightening)
 
     def find(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> Found:
         """All faces of an RGB uint8 picture (H, W, 3) as it stands, of any size and by the detector's word alone,
@@ -174,12 +175,15 @@ class FaceAnalyser:
         """From a rough square to a box of our kind: what the landmark net's first answer spans."""
         return box_around(self._finder.landmarks(np.ascontiguousarray(image[..., ::-1]), box))
 
-    def _straightened(self, image: np.ndarray, landmarks: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, turned by so many degrees counter-clockwise about the middle of the face, and the face's box."""
+    def _straightened(
+        self, image: np.ndarray, landmarks: np.ndarray, angle: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The picture, turned by so many degrees counter-clockwise about the middle of the face; the face's box; and
+        the turn (2, 3)."""
         middle = (landmarks[:, :2].min(axis=0) + landmarks[:, :2].max(axis=0)) / 2
         matrix = cv2.getRotationMatrix2D([float(v) for v in middle], angle, 1.0)
         upright = cv2.warpAffine(image, matrix, image.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
-        return upright, self._settled(upright, box_around(moved(landmarks, matrix)))
+        return upright, self._settled(upright, box_around(moved(landmarks, matrix))), matrix
 
 
 class Recogniser:

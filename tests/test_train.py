@@ -416,7 +416,7 @@ def test_start_is_read_in_the_dtype_it_is_used_in(start, tmp_path):
 
 def test_latents_are_kept_in_half_of_the_bytes(start, tmp_path):
     stage = stage_of(start, tmp_path, cache=tmp_path / "cache", data__augment="false")
-    first, again = (stage.latents(batch(0, 0, 2)) for _ in range(2))
+    first, again = (stage.source.latents(batch(0, 0, 2)) for _ in range(2))
     assert torch.equal(first, again) and first.dtype == torch.float32
     kept = [load_file(file)["latents"] for file in (tmp_path / "cache").rglob("*/latents/*/*.safetensors")]
     assert len(kept) == 2 and {x.dtype for x in kept} == {torch.bfloat16}

@@ -18,6 +18,7 @@ from facesnap import landmarks
 from facesnap.errors import InputError
 from facesnap.evaluation import faceless, metrics, protocol, report, traits
 from facesnap.faces import FaceAnalyser
+from facesnap.geometry import moved
 from facesnap.heads import from_pretrained
 
 PROMPT = "a photo of a person, wearing a gray shirt, a blue studio background, soft light"
@@ -141,6 +142,8 @@ def look(marked: Marked, analyser: FaceAnalyser, mean: np.ndarray) -> dict:
     except InputError as error:
         return {**row, "refused": str(error)}
     wanted = marked.points()
+    if face.straightening is not None:
+        wanted = moved(wanted, face.straightening)
     scale = metrics.orthographic_scale(marked_of(mean), wanted)
     eyes = metrics.frontal_eye_distance(mean, scale)
     found = marked_of(landmarks.from_68(face.landmarks[:, :2]))

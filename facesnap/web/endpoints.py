@@ -120,8 +120,8 @@ def parse(given: dict[str, Any]) -> PortraitRequest:
 def declare(function: Callable[..., Any], name: str, names: Sequence[str], text: str) -> Callable[..., Any]:
     """The function with a signature and a docstring of its own, from which Gradio makes its documentation."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    types = {one: TYPES.get(SPECS[one].kind, str) for one in names}
-    types |= {one: types[one] | None for one in names if DEFAULTS[one] is None}  # type: ignore[operator]
+    types: dict[str, Any] = {one: TYPES.get(SPECS[one].kind, str) for one in names}
+    types |= {one: types[one] | None for one in names if DEFAULTS[one] is None}
     parameters = [inspect.Parameter(one, kind, default=DEFAULTS[one], annotation=types[one]) for one in names]
     visitor = inspect.Parameter("request", kind, default=None, annotation=gr.Request)
     function.__name__, function.__doc__ = name, text

@@ -26,13 +26,12 @@ from facesnap.mini.nets.landmarks import train_landmarks
 from facesnap.mini.nets.recogniser import train_recogniser
 from facesnap.mini.nets.scorer import train_scorer
 from facesnap.mini.nets.tokenizer import make_text_encoders, train_tokenizer
-from facesnap.mini.nets.vae import VaeStage, make_vae
+from facesnap.mini.nets.vae import VaeStage, make_trainer, make_vae
 from facesnap.mini.nets.vae import export as export_vae
 from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.__main__ import main as render_people
 from facesnap.synthetic.dataset import load_people
 from facesnap.training.checkpointing import write_whole
-from facesnap.training.iresnet import IResNet
 from facesnap.training.trainer import Trainer, TrainerConfig
 
 FACTOR = 16
@@ -109,8 +108,7 @@ def scorer(run: Run, minutes: float) -> None:
 def vae(run: Run, minutes: float) -> None:
     """Pixels and features, by the nets that will read its pictures; in the last third a critic asks for texture."""
     torch.manual_seed(0)
-    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
-    features = FaceFeatures(IResNet.from_onnx(run.work / "face_pack" / "recogniser.onnx"), encoder)
+    features = FaceFeatures.from_folder(run.work)
     first = train_vae(run, "vae_run", make_vae(), 2 / 3 * minutes, lr=2e-3, features=features)
     begun = AutoencoderKL.from_pretrained(first)
     last = train_vae(run, "vae_critic_run", begun, minutes / 3, lr=1e-3, features=features, critic=PatchCritic())
@@ -122,11 +120,7 @@ def train_vae(
 ) -> Path:
     """Train a VAE and return the folder of what came of it, beside its checkpoints. options: of `VaeStage`."""
     stage = VaeStage(model, run.data, batch_size=batch, crop=crop, **options)
-    config = TrainerConfig(
-        run.work / name, minutes=minutes, optimiser="muon", lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995,
-        device=run.device,
-    )  # fmt: skip
-    trainer = Trainer(stage, config)
+    trainer = make_trainer(stage, run.work / name, lr=lr, device=run.device, minutes=minutes)
     trainer.train()
     export_vae(trainer, stage, run.work / name / "vae")
     return run.work / name / "vae"

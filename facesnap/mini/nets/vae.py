@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 
+from facesnap.evaluation.metrics import sharpness
 from facesnap.faces import five_points
 from facesnap.landmarks import to_68
 from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
 from facesnap.training.checkpointing import write_whole
-from facesnap.training.iresnet import IResNet
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 LATENT_CHANNELS = 32
@@ -70,28 +69,22 @@ def widened(old: AutoencoderKL, channels: int) -> AutoencoderKL:
     vae = make_vae(old.config.block_out_channels, channels)
     fresh = vae.state_dict()
     moments = torch.cat([torch.arange(before), channels + torch.arange(before)])  # means, then log variances
+    # of the new channels: the 1 × 1 convolutions pass them on, and the decoder begins with little of them
+    fresh["quant_conv.weight"][:] = torch.eye(2 * channels)[..., None, None]
+    fresh["post_quant_conv.weight"][:] = torch.eye(channels)[..., None, None]
+    fresh["post_quant_conv.bias"][:] = 0
+    fresh["decoder.conv_in.weight"] *= 0.3
+    places = {
+        "encoder.conv_out.weight": moments,
+        "encoder.conv_out.bias": moments,
+        "quant_conv.weight": (moments[:, None], moments),
+        "quant_conv.bias": moments,
+        "post_quant_conv.weight": np.s_[:before, :before],
+        "post_quant_conv.bias": np.s_[:before],
+        "decoder.conv_in.weight": np.s_[:, :before],
+    }
     for name, value in old.state_dict().items():
-        if name.startswith("encoder.conv_out."):
-            fresh[name][moments] = value
-        elif name.startswith("quant_conv."):
-            fresh[name][moments] = 0
-            if name.endswith("weight"):
-                fresh[name][:] = torch.eye(2 * channels)[..., None, None]
-                fresh[name][moments[:, None], moments] = value
-            else:
-                fresh[name][moments] = value
-        elif name.startswith("post_quant_conv."):
-            if name.endswith("weight"):
-                fresh[name][:] = torch.eye(channels)[..., None, None]
-                fresh[name][:before, :before] = value
-            else:
-                fresh[name][:] = 0
-                fresh[name][:before] = value
-        elif name == "decoder.conv_in.weight":
-            fresh[name][:, before:] *= 0.3
-            fresh[name][:, :before] = value
-        else:
-            fresh[name] = value
+        fresh[name][places.get(name, ...)] = value
     vae.load_state_dict(fresh)
     return vae
 
@@ -228,10 +221,16 @@ class VaeStage(Stage):
         columns = np.linspace(0, len(self.held) - 1, min(6, len(self.held))).astype(int)
         sheet = np.vstack([np.hstack(originals[columns]), np.hstack(decoded[columns])])
         cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-        sharpness = float(
-            np.median([_laplacian(d) / max(_laplacian(o), 1e-9) for d, o in zip(decoded, originals, strict=True)])
-        )
-        return {"val_psnr": float(np.mean(whole)), "val_psnr_eyes": float(np.mean(eyes)), "val_laplacian": sharpness}
+        all_of_it = np.array([0, 0, *originals.shape[2:0:-1]])
+        sharp = [
+            sharpness(d, all_of_it) / max(sharpness(o, all_of_it), 1e-9)
+            for d, o in zip(decoded, originals, strict=True)
+        ]
+        return {
+            "val_psnr": float(np.mean(whole)),
+            "val_psnr_eyes": float(np.mean(eyes)),
+            "val_sharpness": float(np.median(sharp)),
+        }
 
 
 def crop_corner(people: People, row: int, crop: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -317,6 +316,14 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
+def make_trainer(stage: VaeStage, out: Path, *, lr: float, device: str, **options: Any) -> Trainer:
+    """As every VAE of the mini is trained; options: of `TrainerConfig`, its end among them."""
+    config = TrainerConfig(
+        out, optimiser="muon", lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995, device=device, **options
+    )
+    return Trainer(stage, config)
+
+
 def export(trainer: Trainer, stage: VaeStage, folder: Path) -> None:
     """Save the EMA weights with normalised latents (as they are where the encoder was frozen)."""
     vae = make_vae(stage.vae.config.block_out_channels, stage.vae.config.latent_channels)
@@ -334,11 +341,6 @@ def _box(points: np.ndarray, margin: int, size: tuple[int, ...]) -> tuple[np.nda
     low = np.clip(points.min(0) - margin, 0, limit - 1).astype(int)
     high = np.clip(points.max(0) + margin, low + 1, limit).astype(int)
     return low, high
-
-
-def _laplacian(image: np.ndarray) -> float:
-    """Variance of the Laplacian: how sharp a picture is."""
-    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
 def _psnr(square: np.ndarray) -> float:
@@ -373,10 +375,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()
     if vae.config.latent_channels != LATENT_CHANNELS and args.latents is None:
         vae = widened(vae, LATENT_CHANNELS)
-    features = None
-    if args.features:
-        encoder = CLIPVisionModel.from_pretrained(args.features / "face_encoder", dtype=torch.float32)
-        features = FaceFeatures(IResNet.from_onnx(args.features / "face_pack" / "recogniser.onnx"), encoder)
+    features = FaceFeatures.from_folder(args.features) if args.features else None
     latents = np.load(args.latents, mmap_mode="r") if args.latents else None
     critic = PatchCritic() if args.critic else None
     stage = VaeStage(
@@ -385,11 +384,7 @@ def main() -> None:
     ends: dict[str, Any] = {"minutes": args.minutes}
     if args.steps is not None:
         ends = {"steps": args.steps, "checkpoint_every": 200, "sheet_every": 400}
-    config = TrainerConfig(
-        args.out, optimiser="muon", lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, ema=0.995, seed=args.seed,
-        device=args.device, log_every=20, **ends,
-    )  # fmt: skip
-    trainer = Trainer(stage, config)
+    trainer = make_trainer(stage, args.out, lr=args.lr, device=args.device, seed=args.seed, log_every=20, **ends)
     if not args.export_only:
         trainer.train()
     if trainer.accelerator.is_main_process:

@@ -8,6 +8,8 @@ arXiv 1711.11585).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from transformers import CLIPVisionModel
 
 from facesnap.clip import CLIP_MEAN, CLIP_STD
 from facesnap.training.identity import crop_faces, crop_to_picture
+from facesnap.training.iresnet import IResNet
 
 
 class FaceFeatures(nn.Module):
@@ -32,6 +35,12 @@ class FaceFeatures(nn.Module):
         self.face_encoder = face_encoder.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> FaceFeatures:
+        """By the recogniser and the face encoder of a checkpoint, or of a work folder, which has the same places."""
+        encoder = CLIPVisionModel.from_pretrained(folder / "face_encoder", dtype=torch.float32)
+        return cls(IResNet.from_onnx(folder / "face_pack" / "recogniser.onnx"), encoder)
 
     def forward(self, decoded: Tensor, images: Tensor, keypoints: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) in [−1, 1], their five points (B, 5, 2) in pixels, which may lie outside."""
@@ -78,14 +87,14 @@ class PatchCritic(nn.Module):
         All three may be added and sent back at once: of the first two the critic's weights learn nothing, of the third
         the decoder does not.
         """
+        on_true, wanted = self(images)
+        on_decoded, _ = self(decoded.detach())
         self.requires_grad_(False)
         scores, hidden = self(decoded)
-        with torch.no_grad():
-            _, wanted = self(images)
         self.requires_grad_(True)
         fooled = -sum(score.float().mean() for score in scores) / len(scores)
-        distance = sum((h.float() - w.float()).abs().mean() for h, w in zip(hidden, wanted, strict=True)) / len(hidden)
-        on_true, on_decoded = self(images)[0], self(decoded.detach())[0]
+        apart = [(h.float() - w.detach().float()).abs().mean() for h, w in zip(hidden, wanted, strict=True)]
+        distance = sum(apart) / len(apart)
         own = sum(
             F.relu(1 - true.float()).mean() + F.relu(1 + false.float()).mean()
             for true, false in zip(on_true, on_decoded, strict=True)

@@ -6,6 +6,7 @@ import torch
 from test_data import write_shard
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from facesnap.mini.nets import vae
 from facesnap.mini.nets import vae as vae_module
 from facesnap.mini.nets.vae import make_vae, widened
 from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
@@ -32,6 +33,22 @@ def test_a_widened_vae_keeps_the_latents_it_had(pictures):
         # where the new channels say nothing the picture is what it was
         latents = torch.cat([before.mean, torch.zeros_like(before.mean[:, :2])], 1)
         torch.testing.assert_close(new.decode(latents).sample, old.decode(before.mean).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_that_the_decoder_learns_with_is_no_part_of_the_kl(pictures, monkeypatch):
+    torch.manual_seed(0)
+    model = make_vae(WIDTHS, 4)
+    stage = object.__new__(vae.VaeStage)
+    stage.vae, stage.latents, stage.features, stage.critic, stage.kl = model, None, None, None, 2e-5
+    batch = {"images": pictures, "weights": torch.ones(2, 1, 32, 32)}
+    quiet, loud = {}, {}
+    for logs, most in ((quiet, 0.0), (loud, 5.0)):
+        monkeypatch.setattr(vae, "MOST_NOISE", most)
+        logs.update(stage.loss(batch, 0, torch.Generator().manual_seed(0))[1])
+    assert quiet["psnr"] != loud["psnr"]  # the noise is there
+    posterior = model.encode(pictures).latent_dist
+    for logs in (quiet, loud):
+        torch.testing.assert_close(logs["kl"], posterior.kl().mean() / posterior.mean[0].numel(), rtol=1e-4, atol=1e-5)
 
 
 def test_face_features_are_apart_only_where_pictures_are(pictures):

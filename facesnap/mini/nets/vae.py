@@ -179,12 +179,10 @@ class VaeStage(Stage):
         images, logs = batch["images"], {}
         if self.latents is None:
             posterior = self.vae.encode(images).latent_dist
-            mean, deviation = posterior.mean, posterior.std
+            mean, logvar = posterior.mean, posterior.logvar.float()
+            logs["kl"] = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
             amount = MOST_NOISE * torch.linspace(0, 1, len(mean)).square()[:, None, None, None]
-            deviation = deviation + amount * mean.detach().float().std((0, 2, 3), keepdim=True)
-            logs["kl"] = (
-                0.5 * (mean.float().square() + deviation.float().square() - 1 - posterior.logvar.float()).mean()
-            )
+            deviation = posterior.std + amount * mean.detach().float().std((0, 2, 3), keepdim=True)
         else:
             mean, deviation = batch["latents"], DECODER_NOISE
         # every process draws for all of them, and takes its part

@@ -126,6 +126,19 @@ def browser():
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*flags, *quiet])
 
 
+@pytest.fixture(scope="session")
+def shoot(tmp_path_factory):
+    """shoot(tab, name) keeps a screenshot and refuses an empty one."""
+    folder = Path(os.environ.get("FACESNAP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def shoot(tab, name: str, full_page: bool = True) -> None:
+        tab.screenshot(path=folder / f"{name}.png", full_page=full_page, animations="disabled")
+        assert np.asarray(Image.open(folder / f"{name}.png").convert("L")).std() > 5
+
+    return shoot
+
+
 @pytest.fixture
 def visit(browser, page):
     """visit() opens the page; afterwards no error may be in the console and no request may have gone out."""

@@ -4,80 +4,16 @@ FACESNAP_SCREENSHOTS=<folder> keeps a picture of every state; without it they go
 three are made by `FACESNAP_SCREENSHOTS=docs pytest tests/test_page.py -k on_the_mini`.
 """
 
-import base64
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
+from on_page import choose, downloaded, made, ready, set_slider, unfold, upload
 from served import MOST_WAITING, idle, wait_for
 from test_app import MINI, needs_mini
 
 import app
 from facesnap.web import server
-from facesnap.web.request import POSES
-
-
-@pytest.fixture(scope="session")
-def shoot(tmp_path_factory):
-    """shoot(tab, name) keeps a screenshot and refuses an empty one."""
-    folder = Path(os.environ.get("FACESNAP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def shoot(tab, name: str, full_page: bool = True) -> None:
-        tab.screenshot(path=folder / f"{name}.png", full_page=full_page, animations="disabled")
-        assert np.asarray(Image.open(folder / f"{name}.png").convert("L")).std() > 5
-
-    return shoot
-
-
-def upload(tab, *paths: str, where: str = "#references") -> None:
-    tab.locator(f"{where} input[type=file]").first.set_input_files(list(paths))
-
-
-def ready(tab, *paths: str):
-    """A page with photos, their preview, and consent."""
-    upload(tab, *paths)
-    tab.wait_for_selector("#preview .fs-figures")
-    tab.locator("#consent input").check()
-    return tab
-
-
-def choose(tab, group: str, label: str) -> None:
-    """Clicks one of the radio buttons that look like pictures or words, when it lies still, and sees it chosen."""
-    tab.locator(f"{group} label").get_by_text(label, exact=True).click()
-    tab.wait_for_function(
-        "([q, text]) => document.querySelector(`${q} label:has(input:checked)`)?.innerText.trim() === text",
-        arg=[group, label],
-    )
-
-
-def made(tab, page, steps: int) -> None:
-    """Generate is pressed, and the work that follows has ended."""
-    before = page.pipe.steps
-    tab.locator("#generate").click()
-    wait_for(lambda: page.pipe.steps >= before + steps)
-    tab.wait_for_selector("#stop", state="hidden")
-    tab.wait_for_selector("#generate")
-
-
-def unfold(tab, *accordions: str) -> None:
-    for accordion in accordions:
-        tab.locator(f"#{accordion} button").first.click()
-
-
-def set_slider(tab, label: str, value: float) -> None:
-    box = tab.get_by_label(f"number input for {label}")
-    for _ in range(5):  # what has just been unfolded may still be set to its default once
-        box.fill(str(value))
-        tab.keyboard.press("Tab")
-        tab.wait_for_timeout(300)
-        if float(box.input_value()) == value:
-            return
-    raise AssertionError(f"{label} does not take {value}")
 
 
 def test_first_visit_to_portrait(visit, files, shoot):
@@ -111,13 +47,6 @@ def test_a_seed_can_be_used_again(visit, page, files):
     made(tab, page, steps=2)
     assert tab.locator("#summary b").last.inner_text() == first
     assert np.array_equal(picture, downloaded(tab))
-
-
-def downloaded(tab) -> Image.Image:
-    with tab.expect_download() as download:
-        tab.locator("#download").click()
-    assert download.value.suggested_filename.endswith(".png")
-    return Image.open(download.value.path())
 
 
 def test_several_photos_are_read_one_by_one(visit, files, shoot):
@@ -226,7 +155,30 @@ def test_an_example_fills_the_form_and_is_made_once(visit, page):
     assert steps in ([2, 2], [0, 0])  # 0 where an earlier visitor asked already
 
 
-# What goes wrong ------------------------------------------------------------------------------------------
+def test_the_tab_keeps_its_portraits_and_their_settings(visit, page, files, shoot):
+    tab = ready(visit(), files.ann)
+    for prompt in ("first", "second"):
+        tab.locator("#prompt textarea").fill(prompt)
+        made(tab, page, steps=2)
+    tab.wait_for_selector("#session .thumbnail-item >> nth=1")
+    seeds = re.findall(r"seed (\d+)", " ".join(
+        tab.locator("#session img").nth(k).get_attribute("alt") or "" for k in range(2)
+    ))  # fmt: skip
+    tab.locator("#session .thumbnail-item").nth(1).click()
+    tab.wait_for_selector("#fs-large[open] img")
+    tab.keyboard.press("Escape")
+    tab.locator("#back").click()
+    tab.wait_for_function("() => document.querySelector('#prompt textarea').value === 'first'")
+    made(tab, page, steps=2)
+    assert tab.locator("#summary b").last.inner_text() == seeds[1]
+    tab.locator(".fs-compare summary").click()
+    assert tab.locator(".fs-compare img").count() == 2
+    shoot(tab, "session")
+    tab.locator("#pictures img").click()
+    tab.wait_for_selector("#fs-large[open] img")
+
+
+# What goes wrong ----------------------------------------------------------------------------------------
 
 
 def test_nothing_is_made_without_photo_or_consent(visit, files, shoot):
@@ -304,7 +256,7 @@ def test_a_failure_is_one_sentence_and_the_button_comes_back(visit, page, files,
     tab.wait_for_selector("#status .fs-error", state="hidden")
 
 
-# Stopping and leaving -------------------------------------------------------------------------------------
+# Stopping and leaving -----------------------------------------------------------------------------------
 
 
 def working(visit, page, files):
@@ -372,169 +324,7 @@ def test_who_waits_is_told_so_and_who_cannot_wait_too(visit, page, files, shoot)
     assert len(page.pipe.seeds) == 1 + len(waiting)
 
 
-# Everybody ------------------------------------------------------------------------------------------------
-
-
-BEYOND = """() => [...document.querySelectorAll("body *")].filter((e) => {
-  const {left, right, width} = e.getBoundingClientRect();
-  const seen = width && e.checkVisibility({opacityProperty: true, visibilityProperty: true});
-  return seen && (left < -1 || right > innerWidth + 1);
-}).map((e) => `${innerWidth}: ${e.tagName} ${e.id} ${e.className}`)"""
-IN_VIEW = """(query) => { const {top, bottom, height} = document.querySelector(query).getBoundingClientRect();
-  return Math.min(bottom, innerHeight) - Math.max(top, 0) >= Math.min(height, 200) - 2; }"""
-WIDTHS = {320: 568, 360: 740, 390: 844, 768: 1024, 1024: 768, 1366: 768, 1920: 1080}
-
-
-def test_every_width_shows_all_and_what_becomes_of_the_button(visit, page, files, shoot):
-    """Nothing beyond the edge; whoever presses Generate sees the button's answer and the portrait."""
-    tab = visit()
-    found = []
-    for width, height in WIDTHS.items():
-        tab.set_viewport_size({"width": width, "height": height})
-        tab.wait_for_timeout(200)
-        found += tab.evaluate(BEYOND)
-    ready(tab, files.ann)
-    unfold(tab, "turn", "advanced")
-    for width, height in WIDTHS.items():
-        tab.set_viewport_size({"width": width, "height": height})
-        tab.wait_for_timeout(200)
-        found += tab.evaluate(BEYOND)
-        tab.locator("#generate").scroll_into_view_if_needed()
-        made(tab, page, steps=2)
-        for query in ("#status", "#pictures img"):
-            tab.wait_for_function(IN_VIEW, arg=query)
-        tab.locator("#prompt textarea").fill(f"at {width}")
-        shoot(tab, f"width-{width}", full_page=False)
-    assert found == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_has_one_column_in_the_order_of_the_work(visit, files, scheme, shoot):
-    tab = visit(390, color_scheme=scheme)
-    upload(tab, files.ann)
-    tab.wait_for_selector("#preview .fs-figures")
-    red = tab.locator("body").evaluate("e => +getComputedStyle(e).backgroundColor.match(/\\d+/)[0]")
-    assert (red < 60) == (scheme == "dark")
-    cards = ("card-photos", "card-pose", "card-preview", "card-prompt", "result")
-    tops = [tab.locator(f"#{name}").bounding_box()["y"] for name in cards]
-    assert tops == sorted(tops)  # the preview stands where it helps: between the pose and the words
-    shoot(tab, f"phone-{scheme}")
-
-
-PASTE = """async (picture) => {
-  const blob = await (await fetch(picture)).blob(), data = new DataTransfer();
-  data.items.add(new File([blob], "image.png", {type: "image/png"}));
-  document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data}));
-}"""
-
-
-def test_pictures_can_be_pasted(visit, files):
-    tab = visit()
-    card, camera = (
-        tab.locator(q).bounding_box() for q in ("#card-photos", "#references [aria-label='Capture from camera']")
-    )
-    assert camera["y"] + camera["height"] <= card["y"] + card["height"]
-    for count, path in enumerate((files.ann, files.bob), start=1):
-        picture = "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
-        tab.evaluate(PASTE, picture)
-        tab.wait_for_selector(f"#seen figure:nth-child({count})")
-
-
-def test_the_tab_keeps_its_portraits_and_their_settings(visit, page, files, shoot):
-    tab = ready(visit(), files.ann)
-    for prompt in ("first", "second"):
-        tab.locator("#prompt textarea").fill(prompt)
-        made(tab, page, steps=2)
-    tab.wait_for_selector("#session .thumbnail-item >> nth=1")
-    seeds = re.findall(r"seed (\d+)", " ".join(
-        tab.locator("#session img").nth(k).get_attribute("alt") or "" for k in range(2)
-    ))  # fmt: skip
-    tab.locator("#session .thumbnail-item").nth(1).click()
-    tab.wait_for_selector("#fs-large[open] img")
-    tab.keyboard.press("Escape")
-    tab.locator("#back").click()
-    tab.wait_for_function("() => document.querySelector('#prompt textarea').value === 'first'")
-    made(tab, page, steps=2)
-    assert tab.locator("#summary b").last.inner_text() == seeds[1]
-    tab.locator(".fs-compare summary").click()
-    assert tab.locator(".fs-compare img").count() == 2
-    shoot(tab, "session")
-    tab.locator("#pictures img").click()
-    tab.wait_for_selector("#fs-large[open] img")
-
-
-def test_a_wide_screen_keeps_to_1100_pixels(visit):
-    tab = visit(1920)
-    assert tab.locator("#columns").bounding_box()["width"] <= 1100
-
-
-def test_keyboard_only_from_photo_to_portrait(visit, files):
-    """Every control is reached with Tab and worked with keys; only the file dialog is the browser's own."""
-    tab = visit()
-    with tab.expect_file_chooser() as chooser:
-        press_until(tab, "#references .upload-container")
-        tab.keyboard.press("Enter")
-    chooser.value.set_files(files.ann)
-    tab.wait_for_selector("#preview .fs-figures")
-    press_until(tab, "#pose input")
-    tab.keyboard.press("ArrowRight")  # one group: Tab enters it once
-    assert tab.locator("#pose input:checked").get_attribute("value") == POSES[1]
-    press_until(tab, "#prompt textarea")
-    tab.keyboard.type("by the sea")
-    press_until(tab, "#consent input")
-    tab.keyboard.press("Space")
-    press_until(tab, "#generate")
-    tab.keyboard.press("Enter")
-    tab.wait_for_selector("#pictures img")
-
-
-def press_until(tab, selector: str) -> None:
-    for _ in range(60):
-        if tab.evaluate("q => !!document.activeElement && document.activeElement.matches(q)", selector):
-            return
-        tab.keyboard.press("Tab")
-    raise AssertionError(f"Tab does not reach {selector}")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-def test_axe_finds_nothing(visit, page, files, width, scheme):
-    tab = visit(width, color_scheme=scheme, reduced_motion="reduce")  # colours then change at once
-    found = {"empty": violations(tab)}
-    tab.locator("#generate").click()
-    tab.wait_for_selector("#status .fs-error")
-    found["refused"] = violations(tab)
-    upload(tab, files.ann, files.words)
-    tab.wait_for_selector("#seen .fs-error")
-    found["unreadable"] = violations(tab)
-    tab.reload()
-    ready(tab, files.ann, files.group)
-    choose(tab, "#pose", "Another photo")
-    tab.wait_for_selector("#pose-photo input[type=file]", state="attached")
-    upload(tab, files.bob, where="#pose-photo")
-    tab.wait_for_selector("#preview figcaption:text('the pose')")
-    unfold(tab, "turn", "advanced")
-    page.pipe.pause = 0.5
-    set_slider(tab, "Steps", 10)
-    tab.locator("#generate").click()
-    tab.wait_for_selector("#status progress:not([value='0'])")
-    found["working"] = violations(tab)
-    page.pipe.pause = 0
-    tab.wait_for_selector("#pictures img")
-    tab.wait_for_selector("#stop", state="hidden")
-    found["done"] = violations(tab)
-    page.pipe.fails = True
-    tab.locator("#generate").click()
-    tab.wait_for_selector("#status .fs-error")
-    found["failed"] = violations(tab)
-    assert {state: said for state, said in found.items() if said} == {}
-
-
-def violations(tab) -> list[str]:
-    found = Axe().run(tab).response["violations"]
-    return [f"{v['id']}: {node['target']} {node['failureSummary'][:200]}" for v in found for node in v["nodes"]]
-
-
-# The mini --------------------------------------------------------------------------------------------------
+# The mini -----------------------------------------------------------------------------------------------
 
 
 @needs_mini

@@ -1,0 +1,202 @@
+"""What strangers send to the bare routes of a tiny FaceSnap (served.py): each gets a sentence, and nothing leaks."""
+
+import base64
+import io
+import json
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import pytest
+from calls import FILE, HTTP, call, sentence_of, uploaded
+from PIL import Image
+
+from facesnap.web import uploads
+from facesnap.web.request import SPECS
+
+
+def test_nothing_gets_past_the_queue(page):
+    for name in ("generate", "preview"):
+        for route in ("run", "api"):
+            answer = httpx.post(f"{page.url}gradio_api/{route}/{name}", json={"data": []})
+            assert answer.status_code >= 400
+    for number, event in page.demo.fns.items():  # the page's own events have no name, but a number
+        body = {"fn_index": number, "data": [None] * len(event.inputs), "session_hash": "stranger"}
+        if event.queue:
+            assert httpx.post(f"{page.url}gradio_api/run/predict", json=body).status_code >= 400
+
+
+def test_the_pages_own_event_wants_consent(page, files):
+    """The handler behind the button, called as Gradio calls it once the queue is passed."""
+    event = next(event for event in page.demo.fns.values() if event.name == "show_portrait")
+    values = [box.value for box in event.inputs]
+    values[0] = [files.ann]
+    page.pipe.steps = 0
+    *_, last = event.fn(None, *values)
+    said = [str(getattr(update, "value", "")) for update in last.values()]
+    assert any("fs-error" in text and "tick the box" in text for text in said) and page.pipe.steps == 0
+
+
+def test_consent_and_limits_hold_on_the_route_itself(page, files):
+    page.pipe.steps, photo = 0, Path(files.ann).read_bytes()
+    assert "tick the box" in call(page, "generate", {"prompt": "", "consent": False}, photo)
+    assert "choose a whole number" in call(page, "generate", {"prompt": "", "consent": True, "steps": 9999}, photo)
+    assert page.pipe.steps == 0
+
+
+@pytest.mark.parametrize("where", ["reference", "reference_3", "pose_photo"])
+def test_addresses_are_not_fetched(page, files, where):
+    file = {"path": "http://127.0.0.1:9/me.png", "meta": {"_type": "gradio.FileData"}}
+    body = {"consent": True, "pose": "another photo", where: file}
+    assert "upload the picture itself" in call(page, "generate", {"prompt": ""} | body)
+    assert "upload the picture itself" in call(page, "preview", {k: v for k, v in body.items() if k != "consent"})
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", "assets/../app.py"])
+def test_files_of_the_server_are_not_read(page, path):
+    answer = call(page, "preview", {"reference": {"path": path, "meta": {"_type": "gradio.FileData"}}})
+    assert "error" in answer and "root:" not in answer
+    assert str(Path(__file__).parents[1]) not in answer
+
+
+def bad_uploads(seed: int):
+    """Endless bytes that are no photo of a face: noise, cut and flipped files, formats and sizes gone wrong."""
+    rng = random.Random(seed)
+
+    def picture(form: str, size=(96, 96), mode="RGB") -> bytes:
+        file = io.BytesIO()
+        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).convert(mode).save(file, form)
+        return file.getvalue()
+
+    def flipped(data: bytes) -> bytes:
+        spoiled = bytearray(data)
+        for _ in range(rng.randint(1, 40)):
+            spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
+        return bytes(spoiled)
+
+    kinds = [
+        lambda: rng.randbytes(rng.randint(0, 4000)),
+        lambda: picture(rng.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))[: rng.randint(1, 900)],
+        lambda: flipped(picture("PNG"))[: rng.randint(20, 20_000)],
+        lambda: b"\x89PNG\r\n\x1a\n" + rng.randbytes(200),
+        lambda: b"%PDF-1.4 " + rng.randbytes(100),
+        lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+        lambda: b"GIF89a" + bytes([rng.randrange(256) for _ in range(30)]),
+        lambda: b"PK\x03\x04" + rng.randbytes(300),
+        lambda: picture("PPM"),
+        lambda: picture("PNG", size=(rng.randint(1, 3), rng.randint(1, 3)), mode=rng.choice(["L", "1", "P", "RGBA"])),
+        lambda: json.dumps({"path": "/etc/passwd"}).encode(),
+        lambda: b"",
+    ]
+    while True:
+        yield rng.choice(kinds)()
+
+
+def test_two_hundred_bad_uploads_get_two_hundred_answers(page):
+    """As a stranger sends them: each is uploaded and asked for, and what comes back is a sentence."""
+    page.pipe.fresh()
+    said = []
+    with ThreadPoolExecutor(8) as strangers:
+        answers = list(strangers.map(partial(call, page, "preview", {}), islice(bad_uploads(0), 200)))
+    said = [sentence_of(answer) for answer in answers if "event: complete" not in answer]
+    assert len(said) > 140  # spoiled bytes may still be a picture, and the tiny analyser sees a face in any
+    assert not [words for words in said if not re.fullmatch(r"[A-Z][^\n]{15,150}\.", words) or "/" in words]
+
+
+STRANGE = [
+    *(
+        "words",
+        "",
+        "\ud800",
+        "\u202e",
+        "1e999",
+        "9" * 5000,
+        "x" * 3000,
+        "/etc/passwd",
+        "../../x",
+        "http://127.0.0.1/x.png",
+    ),
+    *("data:image/png;base64,!", "data:text/plain,x", True, False, 0, -1, 10**400, 1e308, float("nan"), float("inf")),
+    *(["a"], [], [[[]]], {}, {"a": 1}, {"path": None}, {"path": 5}, {"path": ["x"]}, {"path": "/tmp"} | FILE),
+    *({"url": "http://127.0.0.1/"} | FILE, {"path": "x", "is_stream": True} | FILE, {"path": "\ud800"} | FILE),
+]
+
+
+def test_every_strange_value_of_every_parameter_gets_a_sentence(page, files):
+    page.pipe.fresh()
+    path = uploaded(page, files.ann)
+    rng, good = random.Random(1), {"reference": path, "consent": True}
+    cases = [(name, value) for name in SPECS for value in STRANGE]
+    with ThreadPoolExecutor(8) as strangers:
+        asked = rng.sample(cases, 300)
+        answers = list(strangers.map(lambda case: call(page, "generate", good | {case[0]: case[1]}), asked))
+    for (name, value), answer in zip(asked, answers, strict=True):
+        if "event: complete" not in answer:
+            said = sentence_of(answer)
+            assert re.fullmatch(r"[A-Z“][^\n]{10,400}[.?]", said) and "facesnap-" not in said, (name, value, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "said"),
+    [
+        ("preview", "{", "no JSON"),
+        ("preview", "[1]", "must be a JSON object"),
+        ("preview", '{"steps": 4}', "There is no parameter 'steps'"),
+        ("generate", '{"yaww": 4}', "did you mean 'yaw'"),
+        ("generat", "{}", "did you mean 'generate'"),
+        ("generate", "[" * 100_000, "no JSON"),
+    ],
+)
+def test_malformed_requests_get_sentences(page, name, body, said):
+    answer = HTTP.post(
+        f"{page.url}gradio_api/call/v2/{name}", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400 and said in sentence_of(answer.text)
+
+
+def test_prompts_and_names_of_files_never_reach_the_log(page, files, capfd, caplog):
+    page.pipe.fresh()
+    path = uploaded(page, files.ann, "SECRET.png")
+    order = {"reference": path, "consent": True, "prompt": "SECRET words " * 30}  # more than the model reads
+    assert "event: complete" in call(page, "generate", order)
+    for spoiled in (
+        {"steps": "SECRET"},
+        {"reference": "SECRET"},
+        {"reference": {"path": "SECRET"} | FILE},
+        {"SECRET": 1},
+    ):
+        sentence_of(call(page, "generate", order | spoiled))
+    page.pipe.fails = True
+    assert "Something went wrong" in call(page, "generate", order)
+    assert "SECRET" not in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_folders_links_and_foreign_files_are_no_photos_and_deletion_goes_on(page, files, tmp_path):
+    path = Path(uploaded(page, files.ann))
+    link = path.parent / "link.png"
+    link.symlink_to("/etc/passwd")
+    for place in (path.parent, path.parent.parent, link, tmp_path, Path(files.ann), path.parent / ".." / "x"):
+        for form in (str(place), {"path": str(place), "meta": {"_type": "gradio.FileData"}}):
+            assert "not uploaded here" in call(page, "preview", {"reference": form})
+    body = {"data": [{"path": str(path.parent.parent), "meta": {"_type": "gradio.FileData"}}], "session_hash": "s"}
+    with page.demo.listeners.stream("s"):
+        for number, event in page.demo.fns.items():  # the page's own events, too
+            sent = body | {"fn_index": number, "data": body["data"] * max(1, len(event.inputs))}
+            HTTP.post(f"{page.url}gradio_api/queue/join", json=sent)
+    link.unlink()
+    uploads.sweep(uploads.folder(), -1, frozenset(uploads._page_files))
+    assert not path.exists()
+
+
+def test_uploads_and_forms_that_programs_send(page, files):
+    data = Path(files.ann).read_bytes()
+    path = uploaded(page, files.ann)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    seen = [call(page, "preview", {"reference": form, "width": "64"}) for form in (path, url, {"path": path})]
+    assert all("event: complete" in answer for answer in seen)
+    assert "event: complete" in call(page, "preview", {"reference": path, "pose_photo": url})
+    assert 'the pose is \\"front\\"' in call(page, "preview", {"reference": path, "pose_photo": url, "pose": "front"})

@@ -12,6 +12,7 @@ A checkpoint is a stock SDXL folder (`model_index.json` names the base model's p
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import re
 import shutil
@@ -137,6 +138,18 @@ def read_settings(folder: Path, name: str | Path | None = None, kind: str | None
             "facesnap.checkpoints.load opens every kind."
         )
     return settings
+
+
+def check_variant(folder: Path, name: str | Path, variant: str | None, given: Iterable[str] = ()) -> None:
+    """InputError unless every part of the checkpoint has files of that variant, save for those `given`."""
+    if variant is None:
+        return
+    for part in (*BASE_CLASSES, *WEIGHTS):
+        place = place_of(folder, part)
+        if part not in given and place.is_dir() and not any(place.glob(f"*.{glob.escape(str(variant))}[.-]*")):
+            raise InputError(
+                f"The {part} of the checkpoint '{name}' has no files of variant {variant!r}; leave it out."
+            )
 
 
 def incomplete(model: str | Path, part: str) -> InputError:

@@ -13,6 +13,8 @@ floats and the tiles only. "low" cannot be left again, since the rounded weights
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
@@ -80,6 +82,24 @@ def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
             # Without CUDA streams: these keep copies of the weights, which a VAE that is upcast to decode outruns
             apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
     _tile(pipe.vae)
+
+
+def offload_to_disk(pipe: Any, folder: Path, exclude: Sequence[str] = (), **options: Any) -> None:
+    """Every part's groups of layers into a folder of its own below `folder`. diffusers names the files by the layers
+    alone, and those of two text encoders, or of UNet and FFRNet, are called alike.
+
+    exclude: parts that stay on the device. options: of diffusers' `apply_group_offloading`.
+
+    Raises:
+        InputError: `folder` holds weights already, which diffusers would take for this pipeline's.
+    """
+    if any(folder.glob("*/group_*.safetensors")):
+        raise InputError("The folder for offloaded weights holds some already, maybe of another model; empty it first.")
+    for name, module in _modules(pipe).items():
+        if name in exclude:
+            module.to(options["onload_device"])
+        else:
+            apply_group_offloading(module, offload_to_disk_path=str(folder / name), **options)
 
 
 def _tile(vae: Any) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from facesnap.folder import (
     OUR_PARTS,
     Dtypes,
     Settings,
+    check_variant,
     local_folder,
     read_base,
     read_parts,
@@ -157,6 +159,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         _refuse_paths(given | kwargs)
         place, dtype = local_folder(model, **hub), dtype or torch_dtype
         settings = read_settings(place, model, cls.kind)
+        check_variant(place, model, variant, given | kwargs)
         ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
         base = read_base(place, model, dtype, variant=variant, **kwargs)
         return cls._around(base, ours, settings, **options)
@@ -247,6 +250,16 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
     def set_memory(self, mode: str | None = None, device: str | torch.device | None = None) -> str:
         """Bring the pipeline to a device in memory mode "full", "balanced" or "low"; see `facesnap.memory`."""
         return memory.set_memory(self, mode, device)
+
+    @wraps(StableDiffusionXLPipeline.enable_group_offload)
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        # to disk too: diffusers' own would mix up the parts' files
+        options = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        place = options.pop("offload_to_disk_path", None)
+        if place is None:
+            return super().enable_group_offload(**options)
+        left = options.pop("exclude_modules", None) or ()
+        memory.offload_to_disk(self, Path(place), [left] if isinstance(left, str) else left, **options)
 
     # ------------------------------------------------------------------ from photos to conditions
 

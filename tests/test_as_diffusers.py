@@ -3,6 +3,7 @@
 import inspect
 import shutil
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from facesnap import checkpoints
 from facesnap.checkpoints.plans import MINI
 from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser
-from facesnap.folder import BASE_PARTS
+from facesnap.folder import BASE_CLASSES, BASE_PARTS, WEIGHTS
 from facesnap.mixer import MixerOutput
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.request import SCHEDULERS, Request
@@ -95,6 +96,31 @@ def test_a_call_can_be_interrupted_from_outside():
 def test_accelerate_can_move_face_tokens():
     moved = send_to_device(MixerOutput(tokens=torch.ones(1, 2, 3), pooled=torch.ones(1, 3)), "cpu")
     assert moved.tokens.shape == (1, 2, 3) and moved.pooled.shape == (1, 3)
+
+
+# ---------------------------------------------------------------------- offloading
+
+
+def test_layer_by_layer_it_is_the_same_portrait(pipe, monkeypatch):
+    """The CPU in the GPU's place; accelerate takes its weights for others once it is called "cpu:0"."""
+    put = accelerate.hooks.set_module_tensor_to_device
+    on_cpu = lambda module, name, device, **how: put(module, name, "meta" if device == "meta" else "cpu", **how)  # noqa: E731
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", on_cpu)
+    ours = tiny_pipeline()
+    ours.enable_sequential_cpu_offload(device="cpu")
+    assert {part.device.type for part in ours.components.values() if isinstance(part, torch.nn.Module)} == {"meta"}
+    assert np.array_equal(portrait(ours, output_type="np").images, portrait(pipe, output_type="np").images)
+
+
+@pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+def test_groups_of_all_parts_go_to_one_folder(pipe, tmp_path, groups):
+    ours = tiny_pipeline()
+    ours.enable_group_offload("cpu", offload_to_disk_path=str(tmp_path), exclude_modules="vae", **groups)
+    assert {folder.name for folder in tmp_path.iterdir()} == {*BASE_CLASSES, *WEIGHTS} - {"vae"}
+    expected = portrait(pipe, output_type="np").images
+    np.testing.assert_allclose(portrait(ours, output_type="np").images, expected, atol=1e-5)
+    with pytest.raises(InputError, match="holds some already, maybe of another model; empty it first"):
+        tiny_pipeline().enable_group_offload("cpu", offload_to_disk_path=str(tmp_path), **groups)
 
 
 # ---------------------------------------------------------------------- parts

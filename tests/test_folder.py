@@ -86,6 +86,15 @@ def test_files_of_a_variant_are_written_and_read(tmp_path, tiny_readers):
     assert abs(pixels(again) - pixels(pipe)).mean() < 0.01
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder_2", "mixer"])
+def test_files_of_a_variant_that_are_not_there_are_named(tmp_path, tiny_readers, part):
+    tiny_pipeline().save_pretrained(tmp_path, variant="fp16")
+    for file in (tmp_path / part).glob("*.fp16.safetensors"):
+        file.rename(str(file).replace(".fp16", ""))
+    with pytest.raises(InputError, match=f"The {part} of the checkpoint .* has no files of variant 'fp16'"):
+        FaceSnapPipeline.from_pretrained(tmp_path, variant="fp16")
+
+
 def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
     asked = {}
     monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name, **how: asked.update(how) or saved)

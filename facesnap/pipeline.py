@@ -9,53 +9,41 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
-from huggingface_hub import create_repo
 from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from torch import Tensor
 
-from facesnap import folder, memory
 from facesnap import landmarks as landmarks72
 from facesnap.attachment import alone_with, parts_of
 from facesnap.clip import face_features
+from facesnap.components import Components
 from facesnap.errors import InputError
-from facesnap.faces import Face, FaceAnalyser, Recogniser, cosine
-from facesnap.ffrnet import FFRNet, Variant, attach
-from facesnap.folder import (
-    BASE_PARTS,
-    HUB_ARGUMENTS,
-    OUR_PARTS,
-    Dtypes,
-    Settings,
-    check_variant,
-    local_folder,
-    read_base,
-    read_parts,
-    read_settings,
-)
+from facesnap.faces import Face, cosine
+from facesnap.ffrnet import Variant, attach
 from facesnap.geometry import in_crop
-from facesnap.heads import Head, HeadModel
+from facesnap.heads import Head
 from facesnap.images import open_image
-from facesnap.mixer import FacialAttributeMixer, MixerOutput
+from facesnap.mixer import MixerOutput
 from facesnap.predictor import LandmarkPredictor
 from facesnap.preview import Change, refuse_beside
 from facesnap.preview import preview as preview_of
-from facesnap.request import STOCK_ARGUMENTS, Request, frame_size, variant_of
+from facesnap.request import (
+    STOCK_ARGUMENTS,
+    Request,
+    frame_size,
+    unread_words,
+    variant_of,
+    with_stock_arguments,
+)
 from facesnap.results import Expression, FaceSnapOutput, Picture, PreviewResult, Source
 from facesnap.speed import Preset, ending_guidance, halved_images
 
-OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
 # What diffusers' pipelines tell of their last call, as properties: num_timesteps, guidance_scale, …
 LAST_CALL = (
     "_num_timesteps", "_guidance_scale", "_guidance_rescale", "_clip_skip", "_cross_attention_kwargs", "_denoising_end",
@@ -63,217 +51,21 @@ LAST_CALL = (
 FEWEST_LATENTS = 4  # rows of latents that a face must span, brows to chin, to be worth drawing
 
 
-class FaceSnapPipeline(StableDiffusionXLPipeline):
-    """SDXL's pipeline plus mixer, FFRNet, face encoder, face pack, head model and a recogniser that scores.
+class FaceSnapPipeline(Components):
+    """Portraits of the person in one to four photos; its parts, and the folders they lie in, are `Components`'."""
 
-    The face encoder is a CLIP vision model; it is not called `image_encoder` because that name belongs to
-    IP-Adapter's own.
-    """
-
-    _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS]
-    # What a subclass puts in place: its kind of checkpoint (`folder.KINDS`), and how its parts join in
-    kind = "facesnap"
-    every_step: tuple[str, ...] = ("unet", "ffrnet")  # what runs at every step; the rest, once a picture
+    # How our parts join in; a subclass puts others in their place
     _attach = staticmethod(attach)
     _draw = staticmethod(landmarks72.draw)
-
-    # FFRNet is in no chain: like a ControlNet it runs at every step beside the UNet
-    model_cpu_offload_seq = "face_encoder->mixer->text_encoder->text_encoder_2->image_encoder->unet->vae"
-
-    def __init__(
-        self,
-        vae,
-        text_encoder,
-        text_encoder_2,
-        tokenizer,
-        tokenizer_2,
-        unet,
-        scheduler,
-        mixer: FacialAttributeMixer | None = None,
-        ffrnet: FFRNet | None = None,
-        face_encoder: CLIPVisionModel | None = None,
-        face_analyser: FaceAnalyser | None = None,
-        head_model: HeadModel | None = None,
-        scorer: Recogniser | None = None,
-        image_encoder=None,
-        feature_extractor=None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool = False,
-        settings: Settings | None = None,
-    ):
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
-            add_watermarker=add_watermarker,
-        )
-        self.register_modules(
-            mixer=mixer,
-            ffrnet=ffrnet,
-            face_encoder=face_encoder,
-            face_analyser=face_analyser,
-            head_model=head_model,
-            scorer=scorer,
-        )
-        self.settings = settings or Settings()
-        self._interrupt = False
-        self._shared: FaceSnapPipeline | None = None  # whose copy this is, while a call is at work
-
-    # ------------------------------------------------------------------ folders
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        model: str | Path,
-        *,
-        dtype: Dtypes = None,
-        torch_dtype: Dtypes = None,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> FaceSnapPipeline:
-        """A pipeline from a folder, or from the Hub (its snapshot is taken first, then read as a folder).
-
-        Args:
-            model: a folder written by `save_pretrained`, or a Hub id "owner/name".
-            dtype: of all torch modules, by default float32; or by component, with "default" for the others.
-                torch_dtype: its older name.
-            providers: ONNX Runtime's, for the face pack and the scorer.
-            variant: of the files to read, such as "fp16".
-            kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`; of the
-                Hub's revision, token, cache_dir, local_files_only, force_download and proxies.
-
-        Raises:
-            InputError: the folder is missing, incomplete or damaged; the message names the part.
-        """
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        _refuse_paths(given | kwargs)
-        place, dtype = local_folder(model, **hub), dtype or torch_dtype
-        settings = read_settings(place, model, cls.kind)
-        check_variant(place, model, variant, given | kwargs)
-        ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
-        base = read_base(place, model, dtype, variant=variant, **kwargs)
-        return cls._around(base, ours, settings, **options)
-
-    @classmethod
-    def from_pipe(  # type: ignore[override]
-        cls,
-        pipeline: Any,
-        model: str | Path | None = None,
-        *,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
-        **components: Any,
-    ) -> FaceSnapPipeline:
-        """A FaceSnapPipeline that shares the modules of any SDXL pipeline, and changes nothing about them.
-
-        Unlike the stock method it leaves the source's dtypes and devices alone.
-
-        Args:
-            pipeline: an SDXL pipeline; if it is a FaceSnapPipeline, its parts of ours are shared too.
-            model: a checkpoint (folder or Hub id) to take our parts and the settings from; they are
-                brought to the dtype and device of the pipeline's UNet.
-            providers: ONNX Runtime's, for the face pack and the scorer of `model`.
-            components: single parts to use instead.
-
-        Without a model, and around a stock pipeline, it lacks our parts: give them as `components`.
-        """
-        settings = getattr(pipeline, "settings", None)
-        ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
-        _refuse_paths(components)
-        given = {name: components.pop(name) for name in OUR_PARTS if name in components}
-        if model is not None:
-            place = local_folder(model)
-            settings = read_settings(place, model, cls.kind)
-            loaded = read_parts(place, model, settings, pipeline.unet.dtype, providers=providers, given=given)
-            for module in loaded.values():
-                if isinstance(module, nn.Module):
-                    module.to(pipeline.unet.device)
-            ours |= loaded
-        return cls._around(pipeline, ours | given, settings, **components)
-
-    @classmethod
-    def _around(cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any) -> FaceSnapPipeline:
-        options: dict[str, Any] = {name: overrides.pop(name) for name in OPTIONS if name in overrides}
-        optional = ("image_encoder", "feature_extractor")
-        parts: dict[str, Any] = {name: getattr(base, name, None) for name in (*BASE_PARTS, *optional)} | overrides
-        options = {"force_zeros_for_empty_prompt": base.config.force_zeros_for_empty_prompt} | options
-        return cls(**parts, **ours, settings=settings, **options)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "5GB",
-        push_to_hub: bool = False,
-        *,
-        dtype: torch.dtype | None = None,
-        **hub: Any,
-    ) -> None:
-        """Write the checkpoint folder that `facesnap.folder` describes.
-
-        Args:
-            safe_serialization: must be true: weights are never pickled.
-            variant: of the files' names, such as "fp16".
-            max_shard_size: no weights file gets larger than this, save for a single larger tensor.
-            push_to_hub: whether to upload it too, as diffusers does; `hub`: its repo_id, private, token, …
-            dtype: of the saved weights, by default as they are; the text encoders are float32 whatever it is.
-
-        Raises:
-            InputError: a LoRA is loaded and not fused, or pickles were asked for.
-        """
-        if not safe_serialization:
-            raise InputError("FaceSnap writes safetensors only; leave out safe_serialization=False.")
-        folder.write(
-            Path(save_directory),
-            {name: getattr(self, name) for name in (*BASE_PARTS, *OUR_PARTS)},
-            replace(self.settings, kind=self.kind),
-            dtype=dtype,
-            force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-            variant=variant,
-            max_shard_size=max_shard_size,
-        )
-        if push_to_hub:
-            name, private = hub.pop("repo_id", Path(save_directory).name), hub.pop("private", None)
-            repo = create_repo(name, private=private, token=hub.get("token"), exist_ok=True)
-            self._upload_folder(save_directory, repo.repo_id, **hub)
-
-    def set_memory(self, mode: str | None = None, device: str | torch.device | None = None) -> str:
-        """Bring the pipeline to a device in memory mode "full", "balanced" or "low"; see `facesnap.memory`."""
-        return memory.set_memory(self, mode, device)
-
-    @wraps(StableDiffusionXLPipeline.enable_group_offload)
-    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        # to disk too: diffusers' own would mix up the parts' files
-        options = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
-        place = options.pop("offload_to_disk_path", None)
-        if place is None:
-            return super().enable_group_offload(**options)
-        left = options.pop("exclude_modules", None) or ()
-        memory.offload_to_disk(self, Path(place), [left] if isinstance(left, str) else left, **options)
+    # While a call is at work
+    _interrupt = False
+    _shared: FaceSnapPipeline | None = None  # whose copy this is
 
     # ------------------------------------------------------------------ from photos to conditions
 
     @property
     def predictor(self) -> LandmarkPredictor:
         return LandmarkPredictor(self._part("head_model"))
-
-    def _part(self, name: str) -> Any:
-        part = getattr(self, name)
-        if part is None:
-            raise InputError(
-                f"This pipeline has no {name}: give `from_pipe` a FaceSnap checkpoint as its model, or {name}=."
-            )
-        return part
 
     def analyse(self, source: Source, role: str = "The photo") -> Face:
         """The face of a photo; a `Face` is passed on as it is. `role` opens the sentence of an error."""
@@ -352,6 +144,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
 
     # ------------------------------------------------------------------ the call
 
+    @with_stock_arguments
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -511,7 +304,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
             reference_faces=preview.reference_faces,
             driver_face=preview.driver_face,
             identity_scores=scores,
-            notes=(*preview.notes, *self._cut_words(request.prompts)),
+            notes=(*preview.notes, *unread_words(request.prompts, self.tokenizer)),
             model=self.settings.name,
             scheduler=type(request.scheduler).__name__,
             size=request.size,
@@ -583,19 +376,6 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
                     unet.set_attn_processor(own)  # a PAG pipeline takes its own out only when it succeeds
                     raise
 
-    def compile(self, **options: Any) -> None:
-        """UNet and FFRNet through torch.compile, block by block; never done unless asked for.
-
-        The first picture of every size then takes a minute or more. Not bit-exact: compiled kernels round
-        otherwise. With `identity_scale` or `landmark_scale` other than 1 FFRNet runs uncompiled.
-
-        Args:
-            options: of `torch.compile`, such as mode="max-autotune".
-        """
-        self.unet.compile_repeated_blocks(**options)
-        if self.ffrnet is not None and self.ffrnet._repeated_blocks:  # a stock ControlNet names none
-            self.ffrnet.compile_repeated_blocks(**options)
-
     def identity_score(self, image: Picture, references: Sequence[Face]) -> float | None:
         """Cosine of the face in `image` to the references', by the recogniser that only scores.
 
@@ -612,40 +392,7 @@ class FaceSnapPipeline(StableDiffusionXLPipeline):
         # the crop is enough for 112 pixels of face, and a `Face` need not come with its picture
         return self.scorer.embed(face.crop, in_crop(face.keypoints, face.box))
 
-    def _cut_words(self, prompts: Sequence[str]) -> list[str]:
-        """A note for every prompt longer than the text encoders read."""
-        notes = []
-        for prompt in prompts:
-            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-            limit = self.tokenizer.model_max_length
-            if len(ids) > limit:
-                cut = self.tokenizer.decode(ids[limit - 1 : -1]).strip()
-                shown = cut if len(cut) <= 80 else cut[:80].rstrip() + "…"
-                notes.append(f"The prompt is too long; the model did not read the words from “{shown}” on.")
-        return notes
-
-
-# ---------------------------------------------------------------------- pictures and arguments
-
 
 def _control(drawing: np.ndarray) -> Tensor:
     """A drawing (h, w, 3) uint8 → FFRNet's control picture (1, 3, h, w) in [0, 1]."""
     return torch.from_numpy(drawing).permute(2, 0, 1)[None].float() / 255
-
-
-def _refuse_paths(components: dict[str, Any]) -> None:
-    for name, part in components.items():
-        if name in (*BASE_PARTS, *OUR_PARTS) and isinstance(part, str | os.PathLike):
-            raise InputError(f"The {name} was given as a path; load it first, and give what that returns.")
-
-
-def _whole_signature() -> inspect.Signature:
-    """Of the call: our arguments, and those of the stock call that are passed on."""
-    own = inspect.signature(FaceSnapPipeline.__call__)
-    ours = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
-    stock = inspect.signature(StableDiffusionXLPipeline.__call__).parameters.items()
-    passed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in stock if name not in own.parameters]
-    return own.replace(parameters=[*ours, *(p for p in passed if p.name != "kwargs")])
-
-
-FaceSnapPipeline.__call__.__signature__ = _whole_signature()  # type: ignore[attr-defined]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -25,6 +26,7 @@ from facesnap.ffrnet import VARIANTS, Variant
 from facesnap.folder import Settings
 from facesnap.speed import Preset, Speed, chosen
 
+Call = TypeVar("Call", bound=Callable)
 MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
@@ -139,6 +141,30 @@ def frame_size(size: tuple[int | None, int | None], settings: Settings, factor: 
             raise InputError(f"The {name} {side} is not a multiple of {factor}; the nearest are {nearest}.")
         sides.append(int(side))
     return sides[0], sides[1]
+
+
+def unread_words(prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """A note for every prompt longer than the text encoders read."""
+    notes = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        limit = tokenizer.model_max_length
+        if len(ids) > limit:
+            cut = tokenizer.decode(ids[limit - 1 : -1]).strip()
+            shown = cut if len(cut) <= 80 else cut[:80].rstrip() + "…"
+            notes.append(f"The prompt is too long; the model did not read the words from “{shown}” on.")
+    return notes
+
+
+def with_stock_arguments(call: Call) -> Call:
+    """Decorates a call that takes **kwargs for the stock call: its signature names those arguments too."""
+    own = inspect.signature(call)
+    ours = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+    stock = inspect.signature(StableDiffusionXLPipeline.__call__).parameters.items()
+    passed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in stock if name not in own.parameters]
+    whole = own.replace(parameters=[*ours, *(p for p in passed if p.name != "kwargs")])
+    call.__signature__ = whole  # type: ignore[attr-defined]
+    return call
 
 
 def _prompts(prompt: Any, stock: dict[str, Any], default: str) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
 def test_push_to_hub_uploads_what_was_saved(tmp_path, monkeypatch):
     sent = {}
     made = lambda name, **how: SimpleNamespace(repo_id=f"me/{name}")  # noqa: E731
-    monkeypatch.setattr("facesnap.pipeline.create_repo", made)
+    monkeypatch.setattr("facesnap.components.create_repo", made)
     monkeypatch.setattr(
         FaceSnapPipeline, "_upload_folder", lambda self, folder, repo, **how: sent.update(how, folder=folder, repo=repo)
     )

@@ -2,6 +2,7 @@
 torch does."""
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,7 @@ from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.checkpoint import store_half
 from facesnap.mini.nets.common import NetStage, to_input
 from facesnap.mini.nets.detector import Detector, export_detector, train_detector
+from facesnap.mini.nets.judge import JudgeNet, train_judge
 from facesnap.mini.nets.landmarks import LandmarkNet, export_landmarks, train_landmarks
 from facesnap.mini.nets.recogniser import RECOGNISERS, RecogniserNet, export_recogniser, train_recogniser
 from facesnap.synthetic.dataset import HAIR, SKIN
@@ -226,18 +228,31 @@ def test_prototypes_start_where_the_parameters_say():
     assert unit[0] @ unit[1] > 0.99 > 0.5 > unit[0] @ unit[2]
 
 
-def test_a_mirrored_face_is_the_same_person():
-    net = settled(RecogniserNet((4, 4, 8, 8, 8), (1, 1, 1, 1)), 4, 3, 112, 112)
+@pytest.mark.parametrize("make", [partial(RecogniserNet, (4, 4, 8, 8, 8)), partial(JudgeNet, (8, 8, 8, 8))])
+def test_a_mirrored_face_is_the_same_person(make):
+    net = settled(make((1, 1, 1, 1)), 4, 3, 112, 112)
     crops = torch.randn(2, 3, 112, 112)
     assert torch.allclose(net(crops), net(crops.flip(3)), atol=1e-5)
+
+
+def test_the_judge_asks_a_persons_pictures_to_be_nearest():
+    net, person = JudgeNet((8, 8, 8), (1, 1, 1)), torch.tensor([0, 0, 1, 1])
+    unit = torch.nn.functional.normalize(torch.randn(4, 512))
+    net.forward = lambda crops: 3 * unit
+    told = [
+        -torch.log_softmax((unit[i] @ unit.T / 0.07)[[j for j in range(4) if j != i]], 0)[k]
+        for i, k in ((0, 0), (1, 0), (2, 2), (3, 2))  # where the other picture of the person is among the three
+    ]
+    assert torch.allclose(net.loss(None, person)["contrast"], torch.stack(told).mean(), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
-def test_all_three_train_log_and_export(faces, tmp_path, capsys):
+def test_all_four_train_log_and_export(faces, tmp_path, capsys):
     widths = (4, 4, 8, 8, 8)
     train_recogniser("A", faces, tmp_path, 0.02, batch_size=8, sizes={"widths": widths, "depths": (1, 1, 1, 1)})
+    train_judge(faces, tmp_path, 0.02, people=3, net=JudgeNet((8, 8, 8), (1, 1, 1)))
     train_detector(faces, tmp_path, 0.02, batch_size=2, net=Detector(widths, 8))
     train_landmarks(faces, tmp_path, 0.02, batch_size=2, net=LandmarkNet(widths, 8))
     said = capsys.readouterr().err
@@ -245,6 +260,7 @@ def test_all_three_train_log_and_export(faces, tmp_path, capsys):
         assert measured in said
     assert {path.name for path in tmp_path.glob("*.onnx")} == {
         "recogniser_A.onnx",
+        "recogniser_C.onnx",
         "detector.onnx",
         "landmarks.onnx",
     }
@@ -349,8 +365,15 @@ def test_insightface_reads_the_landmarks_back(tmp_path):
     assert np.abs(found - expected).max() < 0.1
 
 
-def test_recogniser_onnx_equals_torch_and_drops_what_only_training_needs(tmp_path):
-    net = settled(RecogniserNet((8, 8, 8, 8, 8), (1, 1, 1, 1), identities=torch.randn(50, 9)), 4, 3, 112, 112)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(RecogniserNet, (8, 8, 8, 8, 8), (1, 1, 1, 1), identities=torch.randn(50, 9)),
+        partial(JudgeNet, (32, 64), (1, 1)),
+    ],
+)
+def test_recogniser_onnx_equals_torch_and_drops_what_only_training_needs(make, tmp_path):
+    net = settled(make(), 4, 3, 112, 112)
     export_recogniser(net, tmp_path / "a.onnx")
     crops = torch.randn(3, 3, 112, 112)
     with torch.no_grad():
@@ -368,7 +391,7 @@ def test_recogniser_onnx_equals_torch_and_drops_what_only_training_needs(tmp_pat
     assert np.abs(directions[0] - directions[1]).max() < 1e-3
 
 
-@pytest.mark.parametrize("variant", RECOGNISERS)
-def test_exported_recognisers_stay_under_ten_megabytes(variant):
-    net = RecogniserNet(**RECOGNISERS[variant])
+@pytest.mark.parametrize("make", [partial(RecogniserNet, **sizes) for sizes in RECOGNISERS.values()] + [JudgeNet])
+def test_exported_recognisers_stay_under_ten_megabytes(make):
+    net = make()
     assert 4 * sum(p.numel() for p in net.parameters()) < 10e6

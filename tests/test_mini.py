@@ -11,11 +11,12 @@ from onnx import load as load_onnx
 from onnx import save as save_onnx
 from transformers import CLIPVisionModel
 
+from facesnap.ffrnet import FFRNet
 from facesnap.landmarks import eye_distance
 from facesnap.mini import __main__ as command
 from facesnap.mini import checkpoint, features, recipe
 from facesnap.mini.features import head_masks, make_head_model
-from facesnap.mini.joint import PARTS, load_parts
+from facesnap.mini.joint import PARTS, load_parts, make_unet
 from facesnap.mini.nets.face_encoder import (
     FaceEncoderStage,
     crops_of,
@@ -188,6 +189,37 @@ def test_a_layer_learns_to_read_what_another_recogniser_says() -> None:
     assert left < 1e-3
     assert (layer(torch.from_numpy(new)) - wanted).abs().max() < 0.05 * wanted.std()
     assert checkpoint.refit(layer, rng.standard_normal((400, 12)).astype(np.float32), new) > 0.8  # a stranger to it
+
+
+def test_a_unet_reads_and_makes_the_latents_of_another_vae() -> None:
+    """Turned latents go in and turned predictions come out, as if nothing had changed."""
+    torch.manual_seed(0)
+    unet = make_unet(4, GRID, 16, 8, widths=(16, 32, 32)).eval()
+    ffrnet = FFRNet.from_unet(unet, vae_scale_factor=16, conditioning_embedding_out_channels=(4, 4, 4, 4, 4))
+    turn = torch.linalg.qr(torch.randn(4, 4))[0]
+    old = torch.randn(20, 4, GRID, GRID)
+    told = {"text_embeds": torch.randn(2, 8), "time_ids": torch.zeros(2, 6)}
+
+    def predict(latents: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(latents, 500, torch.ones(2, 3, 16), added_cond_kwargs=told).sample
+
+    expected, before = torch.einsum("dc,bchw->bdhw", turn, predict(old[:2])), ffrnet.conv_in(old)
+    new = torch.einsum("dc,bchw->bdhw", turn, old)
+    assert max(checkpoint.adopt_latents(unet, ffrnet, old.numpy(), new.numpy())) < 1e-6
+    assert torch.allclose(predict(new[:2]), expected, atol=1e-4)
+    assert torch.allclose(ffrnet.conv_in(new), before, atol=1e-4)
+
+
+def test_a_unet_of_few_channels_reads_latents_of_more() -> None:
+    unet = make_unet(4, GRID, 16, 8, widths=(16, 32, 32))
+    ffrnet = FFRNet.from_unet(unet, vae_scale_factor=16, conditioning_embedding_out_channels=(4, 4, 4, 4, 4))
+    old = np.random.default_rng(0).standard_normal((20, 4, GRID, GRID)).astype(np.float32)
+    new = np.concatenate([2 * old, np.random.default_rng(1).standard_normal(old.shape).astype(np.float32)], 1)
+    of_old, of_new = checkpoint.adopt_latents(unet, ffrnet, old, new)
+    assert of_old < 1e-6 and of_new == pytest.approx(0.2, abs=0.05)  # four channels of variance 1 beside four of 4
+    assert unet.config.in_channels == unet.config.out_channels == ffrnet.config.in_channels == 8
+    assert unet.conv_in.weight.shape[1] == unet.conv_out.weight.shape[0] == 8
 
 
 def test_a_budget_is_shared_by_all_that_learns_and_by_nothing_else() -> None:

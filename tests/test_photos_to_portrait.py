@@ -32,8 +32,8 @@ def test_from_pictures_to_a_portrait(tmp_path):
     python(
         "-m", "facesnap.training.train", "--config", "configs/mini.yaml", f"model={MINI}", f"shards={shards}",
         f"out={out}", "steps=3", "data.batch_size=2", "log_every=1", "sheet_every=3", "validation_samples=2",
-        # the recogniser that scores stands in for B, which is not shipped
-        f"identity.recogniser={MINI / 'scorer' / 'recogniser.onnx'}", "identity.steps=1", "identity.samples=1",
+        # the recogniser that conditions stands in for B, which is not shipped
+        f"identity.recogniser={MINI / 'face_pack' / 'recogniser.onnx'}", "identity.steps=1", "identity.samples=1",
     )  # fmt: skip
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]

@@ -4,17 +4,17 @@ import importlib.metadata
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx import helper, numpy_helper
 from torch import nn
 from transformers import CLIPVisionModel
 
 from facesnap.faces import FaceAnalyser, Recogniser, five_points
+from facesnap.ffrnet import FFRNet
 from facesnap.heads import LinearHeadModel
 from facesnap.mini import features as feats
 from facesnap.mini.joint import PARTS, load_parts, make_pipe
@@ -22,7 +22,7 @@ from facesnap.mini.nets import face_encoder as clip
 from facesnap.mini.portraits import latest
 from facesnap.mini.recipe import Run
 from facesnap.mixer import FacialAttributeMixer
-from facesnap.synthetic.dataset import load_people
+from facesnap.synthetic.dataset import People, load_people
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 
@@ -52,17 +52,30 @@ def unpack(run: Run, minutes: float) -> None:
 
 
 def adopt(run: Run, minutes: float) -> None:
-    """The unpacked mixer reads a new recogniser A and face encoder: its projections say of the new features what they
-    said of the old.
+    """The unpacked parts read what was trained anew since: the mixer a new recogniser A and face encoder, UNet and
+    FFRNet the latents of a new VAE.
 
-    A ridge regression each on pictures of known faces; what it leaves unexplained is for the stages that follow.
+    The layers that read them say of the new features what they said of the old, by ridge regression on pictures of
+    known faces; what that leaves unexplained is for the stages that follow.
     """
     known, found = load_people(run.data), feats.Features.load(run.work / "features" / "faces")
-    old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
     rows = np.flatnonzero(found.found)
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ADOPTED)).astype(int)]
+    parts = load_parts(run.work / "start")
+    adopt_faces(run, parts["mixer"], known, found, rows)
+    old = AutoencoderKL.from_pretrained(run.out / "vae").eval()
+    kept = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
+    some = rows[:: max(1, len(rows) // 300)]  # of 256 places each
+    before = feats.encoded(old, known.images[some])
+    told = adopt_latents(parts["unet"], parts["ffrnet"], before, kept[some].astype(np.float32))
+    print("left unexplained of the old latents {:.2f}, of the new ones {:.2f}".format(*told))
+    for name in ("mixer", "unet", "ffrnet"):
+        parts[name].save_pretrained(run.work / "start" / name)
+
+
+def adopt_faces(run: Run, mixer: FacialAttributeMixer, known: People, found: feats.Features, rows: np.ndarray) -> None:
+    old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
     before = np.stack([old.embed(known.images[int(row)], five_points(found.points68[row])) for row in rows])
-    mixer: Any = FacialAttributeMixer.from_pretrained(run.work / "start" / "mixer")
     encoder = CLIPVisionModel.from_pretrained(run.out / "face_encoder", dtype=torch.float32).eval()
     some = rows[:: max(1, len(rows) // 600)]  # of some fifty states each
     states = clip.features_of(encoder, found.crops, some).flatten(0, 1).numpy()
@@ -73,7 +86,35 @@ def adopt(run: Run, minutes: float) -> None:
     ):
         left = refit(getattr(mixer, name), old_values, new_values)
         print(f"{left:.2f} of what the mixer's {name} said is left unexplained")
-    mixer.save_pretrained(run.work / "start" / "mixer")
+
+
+@torch.no_grad()
+def adopt_latents(unet: UNet2DConditionModel, ffrnet: FFRNet, old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
+    """UNet and FFRNet, which know latents `old` (N, C, h, w), read and make those `new` (N, D, h, w) of the same
+    pictures, each place by one linear map there and one back.
+
+    Returns the shares of variance of the old latents and of the new ones that the maps leave unexplained.
+    """
+    flat = [torch.from_numpy(x).movedim(1, -1).flatten(0, 2).double() for x in (old, new)]
+    there, back = (torch.linalg.lstsq(x, y).solution for x, y in (flat[::-1], flat))  # (D, C) and (C, D)
+    left = [float((y - x @ m).var() / y.var()) for x, y, m in ((flat[1], flat[0], there), (flat[0], flat[1], back))]
+    # The noise of new latents must look to the old layers as their own did: of variance 1
+    there = (there / there.norm(dim=0)).float()
+    for net in (unet, ffrnet):
+        net.conv_in = _conv(net.conv_in, torch.einsum("ocij,dc->odij", net.conv_in.weight, there), net.conv_in.bias)
+        net.register_to_config(in_channels=len(there))
+    out = unet.conv_out
+    unet.conv_out = _conv(
+        out, torch.einsum("cd,cikl->dikl", back.float(), out.weight), torch.einsum("cd,c->d", back.float(), out.bias)
+    )
+    unet.register_to_config(out_channels=len(there))
+    return left[0], left[1]
+
+
+def _conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    made = nn.Conv2d(weight.shape[1], weight.shape[0], like.kernel_size, like.stride, like.padding)
+    made.load_state_dict({"weight": weight, "bias": bias})
+    return made
 
 
 @torch.no_grad()

@@ -146,11 +146,18 @@ def latents_of(vae: AutoencoderKL, people: People, *, device: str = "cpu", batch
     """Means of the latents (N, C, h, w), float16."""
     # bfloat16 with channels last is nearly twice as fast as autocast on a CPU, and off by 0.4 % of a deviation
     vae = copy.deepcopy(vae).to(device, torch.bfloat16).to(memory_format=torch.channels_last)
+    starts = tqdm(range(0, len(people), batch_size), unit="batch")
+    return np.concatenate([encoded(vae, people.images[k : k + batch_size]).astype(np.float16) for k in starts])
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 16) -> np.ndarray:
+    """Means of the latents (N, C, h, w) float32 of pictures (N, H, W, 3) uint8."""
     out = []
-    for start in tqdm(range(0, len(people), batch_size), unit="batch"):
-        pixels = to_tensor(people.images[start : start + batch_size])
-        pixels = pixels.to(device, torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        out.append(vae.encode(pixels).latent_dist.mean.float().cpu().numpy().astype(np.float16))
+    for start in range(0, len(images), batch_size):
+        pixels = to_tensor(images[start : start + batch_size])
+        pixels = pixels.to(vae.device, vae.dtype).contiguous(memory_format=torch.channels_last)
+        out.append(vae.encode(pixels).latent_dist.mean.float().cpu().numpy())
     return np.concatenate(out)
 
 

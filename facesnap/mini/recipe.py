@@ -22,6 +22,7 @@ from facesnap.mini import features as feats
 from facesnap.mini.joint import SIZE, WIDTHS
 from facesnap.mini.nets import face_encoder as clip
 from facesnap.mini.nets.detector import train_detector
+from facesnap.mini.nets.judge import train_judge
 from facesnap.mini.nets.landmarks import train_landmarks
 from facesnap.mini.nets.recogniser import train_recogniser
 from facesnap.mini.nets.scorer import train_scorer
@@ -35,7 +36,9 @@ from facesnap.training.checkpointing import write_whole
 from facesnap.training.trainer import Trainer, TrainerConfig
 
 FACTOR = 16
-FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500  # whom the head model is made of, beyond those of stage people
+# Beyond the people of stage people: whom the head model is made of, and whom recogniser C learns to tell apart
+FIRST_SHAPE_PERSON, SHAPE_PEOPLE = 50_000, 1500
+FIRST_JUDGED_PERSON, JUDGED_PEOPLE = 60_000, 4000
 # More people than those that an evaluation meets, for photographs: (first seed, share of --people, pictures of each,
 # flags). Some are seen from afar, some have other hair, some both.
 MORE_PEOPLE = (
@@ -93,6 +96,10 @@ def faces(run: Run, minutes: float) -> None:
             train_detector(known, place, minutes / len(run.nets), device=run.device)
         elif net == "landmarks":
             train_landmarks(known, place, minutes / len(run.nets), device=run.device)
+        elif net == "C":
+            others = run.work / "judge_people"
+            _render(run, others, JUDGED_PEOPLE, 4, "--seed", FIRST_JUDGED_PERSON)
+            train_judge(augment.load(others), place, minutes / len(run.nets), device=run.device)
         else:
             train_recogniser(net, known, place, minutes / len(run.nets), device=run.device)
     for source, target in SHIPPED.items():

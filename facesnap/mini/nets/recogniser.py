@@ -1,5 +1,5 @@
-"""The mini's recognisers: 112² crop → 512, CosFace (Wang et al., 2018). A conditions, B is φ of the identity loss, C
-scores."""
+"""The mini's recognisers A and B: 112² crop → 512, CosFace (Wang et al., 2018). A conditions, B is φ of the identity
+loss; C, which scores, is in judge.py."""
 
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,10 @@ class Prototypes(nn.Module):
         return self.project(identities) + self.bend(identities)
 
 
-# Widths and depths differ on purpose: a net that scores must not share the blind spots of the one that
-# conditions.
+# Widths and depths differ on purpose: what teaches must not share the blind spots of what conditions.
 RECOGNISERS: dict[str, dict[str, Any]] = {
     "A": {"widths": (24, 32, 64, 96, 128), "depths": (1, 2, 2, 2)},
     "B": {"widths": (20, 32, 56, 96, 120), "depths": (1, 1, 2, 2)},
-    "C": {"widths": (16, 40, 64, 112, 128), "depths": (1, 1, 3, 1)},
 }
 
 
@@ -145,13 +143,13 @@ def train_recogniser(
     sizes: dict | None = None,
     **options,
 ) -> RecogniserNet:
-    """Train recogniser "A", "B" or "C" on aligned crops and write `out/recogniser_VARIANT.onnx`.
+    """Train recogniser "A" or "B" on aligned crops and write `out/recogniser_VARIANT.onnx`.
 
     sizes: `widths` and `depths` in place of the variant's own; options: of `TrainerConfig`."""
     seed = 20 + ord(variant)
     torch.manual_seed(seed)
     training, held_out = split(faces)
-    # A meets photographs at use; B and C see nothing but renders and portraits
+    # A meets photographs at use; B sees nothing but renders and portraits
     backgrounds = Backgrounds(np.random.default_rng(seed), 112, faces.images) if variant == "A" else None
     first = training[np.unique(faces.person[training], return_index=True)[1]]
     known = faces.parameters[first][:, faces.is_identity]
@@ -165,19 +163,24 @@ def train_recogniser(
         crops[mirrored] = crops[mirrored, :, ::-1]
         return {"crops": to_input(crops, 127.5), "person": torch.from_numpy(faces.person[chosen])}
 
-    @torch.no_grad()
     def measure(net: nn.Module) -> dict[str, float]:
-        place = next(net.parameters()).device
-        rng = np.random.default_rng(5)
-        chosen = held_out[:1000]
-        crops = [views.aligned_view(faces, index, rng, jitter=0) for index in chosen]
-        parts = [net(to_input(np.stack(crops[k : k + 50]), 127.5).to(place)) for k in range(0, len(crops), 50)]
-        return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
+        return measure_recogniser(net, faces, held_out)
 
     net = RecogniserNet(**sizes or RECOGNISERS[variant], identities=torch.from_numpy(identities))
     train(RecogniserStage(f"recogniser_{variant}", net, draw, measure), out, minutes=minutes, seed=seed, **options)
     export_recogniser(net, out / f"recogniser_{variant}.onnx")
     return net
+
+
+@torch.no_grad()
+def measure_recogniser(net: nn.Module, faces: FaceSet, held_out: np.ndarray) -> dict[str, float]:
+    """`recogniser_figures` of the first thousand pictures of people whom the net has not met."""
+    place = next(net.parameters()).device
+    rng = np.random.default_rng(5)
+    chosen = held_out[:1000]
+    crops = [views.aligned_view(faces, index, rng, jitter=0) for index in chosen]
+    parts = [net(to_input(np.stack(crops[k : k + 50]), 127.5).to(place)) for k in range(0, len(crops), 50)]
+    return recogniser_figures(torch.cat(parts).cpu().numpy(), faces.person[chosen])
 
 
 def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> dict[str, float]:
@@ -193,7 +196,7 @@ def recogniser_figures(embeddings: np.ndarray, person: np.ndarray) -> dict[str, 
     return {"TAR": float(accepted), "rank1": float(first), "same": float(own.mean()), "other": float(other.mean())}
 
 
-def export_recogniser(net: RecogniserNet, path: Path) -> None:
+def export_recogniser(net: nn.Module, path: Path) -> None:
     """The embedding alone; the number of crops stays free. Prototypes and regression are left behind."""
     axes = {"input": {0: "crops"}, "embedding": {0: "crops"}}
     to_onnx(net, torch.zeros(1, 3, 112, 112), path, ["embedding"], axes)

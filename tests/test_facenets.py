@@ -383,7 +383,7 @@ def test_recogniser_onnx_equals_torch_and_drops_what_only_training_needs(make, t
     model = get_model(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     assert model.taskname == "recognition" and model.input_mean == 127.5 and model.input_std == 127.5
     size = (tmp_path / "a.onnx").stat().st_size
-    assert size < 4 * sum(p.numel() for p in net.parameters())
+    assert size < 4 * sum(p.numel() for p in net.parameters()) + 20_000  # and the graph
     store_half(tmp_path / "a.onnx")  # as it ships
     assert (tmp_path / "a.onnx").stat().st_size < 0.6 * size
     found = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"input": crops.numpy()})[0]

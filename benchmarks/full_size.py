@@ -44,7 +44,6 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or no
 
 from benchmarks import generate  # noqa: E402
 from benchmarks.training import batches  # noqa: E402
-from facesnap.evaluation import report  # noqa: E402
 from facesnap.face_adapter import HEAD_WIDTH, FaceAdapter  # noqa: E402
 from facesnap.ffrnet import FFRNet  # noqa: E402
 from facesnap.folder import SETTINGS_NAME, Settings  # noqa: E402
@@ -52,6 +51,7 @@ from facesnap.instantid import InstantIDPipeline  # noqa: E402
 from facesnap.mini.nets.tokenizer import train_tokenizer  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.provenance import commit, machine  # noqa: E402
 
 MINI, PHOTO = ROOT / "assets" / "mini", ROOT / "assets" / "examples" / "avery.png"
 STEPS, GUIDANCE = 2, 2.0
@@ -293,7 +293,7 @@ def main(words: list[str] | None = None) -> None:
         return
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"phases": {}}
     found |= {"command": " ".join(["python benchmarks/full_size.py", *(words or sys.argv[1:])])}
-    found |= {"commit": report.commit(), "machine": args.machine or report.machine(), "size": args.size}
+    found |= {"commit": commit(), "machine": args.machine or machine(), "size": args.size}
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.phases:

@@ -51,7 +51,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the file runs as it is, installed or not
 
-from facesnap import landmarks  # noqa: E402
+from facesnap import (
+    landmarks,  # noqa: E402
+    provenance,  # noqa: E402
+)
 from facesnap.evaluation import report  # noqa: E402
 from facesnap.faces import Face  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
@@ -479,7 +482,7 @@ def machine(arguments: argparse.Namespace) -> Any:
     if arguments.machine or arguments.flops:
         return arguments.machine or "any: counted, not timed"
     on_gpu = arguments.device.startswith("cuda")
-    return {"gpu": torch.cuda.get_device_name()} if on_gpu else report.machine()
+    return {"gpu": torch.cuda.get_device_name()} if on_gpu else provenance.machine()
 
 
 def main(words: list[str] | None = None) -> dict:
@@ -497,7 +500,7 @@ def main(words: list[str] | None = None) -> dict:
     found = {
         "what": "operations counted on meta tensors" if arguments.flops else "portraits timed with random weights",
         "command": " ".join(["python benchmarks/generate.py", *(sys.argv[1:] if words is None else words)]),
-        "commit": report.commit(),
+        "commit": provenance.commit(),
         "machine": machine(arguments),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "note": arguments.note,

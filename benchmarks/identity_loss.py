@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
-from facesnap.evaluation.report import commit, fingerprint, machine  # noqa: E402
 from facesnap.mini.joint import load_parts  # noqa: E402
 from facesnap.mini.portraits import portrait_stage  # noqa: E402
 from facesnap.mini.recipe import Run  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.provenance import commit, fingerprint, machine  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
 from facesnap.training.trainer import Trainer, TrainerConfig  # noqa: E402
 

@@ -41,10 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
 from benchmarks.generate import default_dtype  # noqa: E402
-from facesnap.evaluation.report import commit, machine  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
+from facesnap.provenance import commit, machine  # noqa: E402
 from facesnap.training.conditions import Cache, Photographs  # noqa: E402
 from facesnap.training.identity import IdentityLoss  # noqa: E402
 from facesnap.training.iresnet import Block, IResNet  # noqa: E402

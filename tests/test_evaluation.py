@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tiny import photo
 
-from facesnap.evaluation import metrics, photographs, portraits, probes, protocol, references, report, vae
+from facesnap import metrics
+from facesnap.evaluation import photographs, portraits, probes, protocol, references, report, vae
 from facesnap.evaluation.__main__ import parse
 from facesnap.evaluation.scorer import visible
+from facesnap.provenance import fingerprint
 from facesnap.synthetic.people import EVALUATION_PEOPLE
 
 
@@ -156,12 +158,12 @@ def test_ledger_continues_after_a_kill(tmp_path):
 def test_fingerprint_follows_the_weights(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "w.safetensors").write_bytes(b"one")
-    before = report.fingerprint(tmp_path)
-    assert report.fingerprint(tmp_path) == before
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
     (tmp_path / "unet" / "w.safetensors").write_bytes(b"two")
-    assert report.fingerprint(tmp_path) != before
+    assert fingerprint(tmp_path) != before
     with pytest.raises(FileNotFoundError, match="no model in"):
-        report.fingerprint(tmp_path / "nothing")
+        fingerprint(tmp_path / "nothing")
 
 
 def test_provenance_names_what_a_repetition_needs(tmp_path):

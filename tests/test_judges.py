@@ -12,8 +12,9 @@ from tiny import tiny_face_encoder, tiny_tokenizer
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from facesnap import metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import facesim, fid, metrics, protocol
+from facesnap.evaluation import facesim, fid, protocol
 from facesnap.evaluation.clip import Clip, face_region
 from facesnap.evaluation.inception import FaceNet, InceptionV3, read_weights
 from facesnap.synthetic.render import render

@@ -1,2 +1,2 @@
-"""How good is it? `python -m facesnap.evaluation --help`; metrics.py has the measures, protocol.py what is
+"""How good is it? `python -m facesnap.evaluation --help`; facesnap.metrics has the measures, protocol.py what is
 drawn."""

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from facesnap.errors import reading
-from facesnap.evaluation import report
+from facesnap.provenance import fingerprint
 
 FACE = 1.3  # detector's boxes: the face with its hairline, without much background (our choice)
 
@@ -36,7 +36,7 @@ class Clip:
             self.processor = CLIPImageProcessorPil.from_pretrained(place, **options)
             self.tokenizer = AutoTokenizer.from_pretrained(place, **options)
         commit = getattr(self.model.config, "_commit_hash", None)
-        self.about = f"{self.name}, {commit[:12] if commit else report.fingerprint(Path(place))}"
+        self.about = f"{self.name}, {commit[:12] if commit else fingerprint(Path(place))}"
 
     @torch.no_grad()
     def image(self, picture: np.ndarray) -> np.ndarray:

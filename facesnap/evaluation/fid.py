@@ -21,8 +21,8 @@ from transformers import CLIPVisionModel
 
 from facesnap.clip import face_pixels
 from facesnap.errors import InputError, reading
-from facesnap.evaluation import report
 from facesnap.evaluation.inception import InceptionV3, read_weights
+from facesnap.provenance import fingerprint
 
 SUBSET, SUBSETS = 1000, 100  # of KID, as in its paper; half of the pictures where there are fewer
 
@@ -62,7 +62,7 @@ class EncoderFeatures:
     def __init__(self, folder: Path, device: str = "cpu"):
         with reading(f"The face_encoder of '{folder.parent.name}'"):
             self.net = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        self.device, self.about = device, f"face_encoder of {folder.parent.name}, {report.fingerprint(folder)}"
+        self.device, self.about = device, f"face_encoder of {folder.parent.name}, {fingerprint(folder)}"
 
     @torch.no_grad()
     def features(self, picture: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from facesnap import landmarks
+from facesnap import landmarks, metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, report
+from facesnap.evaluation import report
 from facesnap.evaluation.clip import Clip, face_region
 from facesnap.evaluation.facesim import FaceJudge, judges
 from facesnap.evaluation.fid import EncoderFeatures, Extractor, InceptionFeatures

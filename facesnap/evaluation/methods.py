@@ -36,6 +36,7 @@ from facesnap.evaluation.plan import Plan, Row
 from facesnap.faces import FaceAnalyser
 from facesnap.folder import BASE_PARTS
 from facesnap.images import open_image
+from facesnap.provenance import fingerprint
 
 METHOD, MADE = "method.json", "made"
 Maker = Callable[[Row], Image.Image | np.ndarray]
@@ -246,7 +247,7 @@ def _folder(model: str) -> Path:
 
 
 def _version(model: str) -> str:
-    return report.fingerprint(Path(model)) if Path(model).is_dir() else model
+    return fingerprint(Path(model)) if Path(model).is_dir() else model
 
 
 def _is_there(out: Path, line: dict) -> bool:

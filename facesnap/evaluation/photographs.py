@@ -14,12 +14,13 @@ from insightface.data import get_image
 from PIL import Image
 from tqdm import tqdm
 
-from facesnap import landmarks
+from facesnap import landmarks, metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import faceless, metrics, protocol, report, traits
+from facesnap.evaluation import faceless, protocol, report, traits
 from facesnap.faces import FaceAnalyser
 from facesnap.geometry import moved
 from facesnap.heads import from_pretrained
+from facesnap.provenance import fingerprint
 
 PROMPT = "a photo of a person, wearing a gray shirt, a blue studio background, soft light"
 
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.folder:
         return traits.run(arguments)
     model = Path(arguments.model)
-    settings = {"what": "photographs", "model": report.fingerprint(model), "seed": arguments.seed}
+    settings = {"what": "photographs", "model": fingerprint(model), "seed": arguments.seed}
     analyser = FaceAnalyser(model / "face_pack")
     mean = from_pretrained(model / "head").mean
     rows = [look(marked, analyser, mean) for marked in MARKED]

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from facesnap import landmarks
+from facesnap import landmarks, metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report
+from facesnap.evaluation import protocol, report
 from facesnap.evaluation.protocol import rendered
 from facesnap.faces import FaceAnalyser
 from facesnap.heads import Head, HeadModel, from_pretrained, rotation_from_euler
 from facesnap.images import open_image
 from facesnap.predictor import LandmarkPredictor
+from facesnap.provenance import fingerprint
 from facesnap.synthetic.people import Picture, sample_person, sample_picture
 
 MOST_YAW = 45.0  # degrees
@@ -30,7 +31,7 @@ METHODS = ("fitted", "mean_shape", "driver_copied", "perfect_landmarks")
 def run(arguments: argparse.Namespace) -> dict:
     """Errors (eye distances) of four ways to the landmarks, over `--pairs` pairs of people."""
     model, out = Path(arguments.model), Path(arguments.out)
-    settings = {"what": "predictor", "model": report.fingerprint(model)}
+    settings = {"what": "predictor", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("pairs", "seed", "size")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     analyser = FaceAnalyser(model / "face_pack")

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from facesnap import landmarks
+from facesnap import landmarks, metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report
+from facesnap.evaluation import protocol, report
 from facesnap.evaluation.protocol import Request, Witness, rendered
 from facesnap.evaluation.report import Ledger
 from facesnap.images import open_image
 from facesnap.pipeline import FaceSnapPipeline
+from facesnap.provenance import fingerprint
 
 RENDERS = 2  # of each person of the gallery beside the reference, drawn as the world draws them
 
@@ -25,7 +26,7 @@ RENDERS = 2  # of each person of the gallery beside the reference, drawn as the 
 def run(arguments: argparse.Namespace) -> dict:
     """Makes and measures the portraits, or the rest of them; the report without its provenance."""
     model, out, size = Path(arguments.model), Path(arguments.out), arguments.size
-    settings = {"what": "portraits", "model": report.fingerprint(model)}
+    settings = {"what": "portraits", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("people", "poses", "seed", "size", "steps", "guidance")}
     ledger, work = Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     witness = Witness(model)

@@ -11,12 +11,14 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 
+from facesnap import metrics
 from facesnap.clip import face_pixels
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report
+from facesnap.evaluation import protocol
 from facesnap.faces import FaceAnalyser
 from facesnap.folder import read_settings
 from facesnap.images import open_image
+from facesnap.provenance import fingerprint
 from facesnap.synthetic.people import EVALUATION_PEOPLE, sample_person, sample_picture
 
 ASKED = ("eyes", "hair", "beard")
@@ -26,7 +28,7 @@ PHOTOS = (40, 41)  # of each person
 def run(arguments: argparse.Namespace) -> dict:
     """Probes fitted to two thirds of `--people` held-out people, and what they say of the last third."""
     model, out = Path(arguments.model), Path(arguments.out)
-    settings = {"what": "probes", "model": report.fingerprint(model)}
+    settings = {"what": "probes", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("people", "seed", "size")}
     order = np.random.default_rng([arguments.seed, 4]).permutation(np.array(EVALUATION_PEOPLE))
     if not 60 <= arguments.people <= len(order):

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from facesnap import landmarks
+from facesnap import landmarks, metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics
 from facesnap.evaluation.scorer import AttributeScorer, visible
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.images import open_image

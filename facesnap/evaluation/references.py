@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from facesnap import metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, portraits, protocol, report
+from facesnap.evaluation import portraits, protocol, report
 from facesnap.evaluation.protocol import Witness
 from facesnap.faces import Face
 from facesnap.images import open_image
 from facesnap.mixer import MixerOutput
+from facesnap.provenance import fingerprint
 from facesnap.synthetic.people import sample_person, sample_picture
 from facesnap.synthetic.render import render
 
@@ -61,7 +63,7 @@ def averaging(pipe: Any) -> Any:
 def run(arguments: argparse.Namespace) -> dict:
     """`--poses` portraits of each of `--people` people in each way; the report without its provenance."""
     model, out, size = Path(arguments.model), Path(arguments.out), arguments.size
-    settings = {"what": "references", "model": report.fingerprint(model)}
+    settings = {"what": "references", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("people", "poses", "seed", "size", "steps", "guidance")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     witness, pipe = Witness(model), None

@@ -15,12 +15,14 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
+from facesnap import metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import fid, html, metrics, report
+from facesnap.evaluation import fid, html, report
 from facesnap.evaluation import plan as plans
 from facesnap.evaluation.looks import Examiner, look_at_all, vectors
 from facesnap.evaluation.methods import METHOD, made
 from facesnap.evaluation.plan import Plan
+from facesnap.provenance import fingerprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     state = PartialState(cpu=arguments.device == "cpu")
     device = str(state.device) if arguments.device == "cuda" else arguments.device
     examiner = Examiner(arguments, device)
-    settings = {"model": report.fingerprint(Path(arguments.model)), **examiner.about}
+    settings = {"model": fingerprint(Path(arguments.model)), **examiner.about}
     looks = look_at_all(pictures, lambda: examiner, settings, arguments.out / "looks")
     if not state.is_main_process:
         return None

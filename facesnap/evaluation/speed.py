@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from facesnap.evaluation import metrics, portraits, protocol, report
+from facesnap import metrics
+from facesnap.evaluation import portraits, protocol, report
 from facesnap.evaluation.protocol import Witness
 from facesnap.memory import set_memory
+from facesnap.provenance import fingerprint
 from facesnap.speed import PRESETS
 
 FIGURES = ("identity_retention", "rank1", "landmark_error", "faces_found", "seconds")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict:
     ways = arguments.ways or list(WAYS)
     if "best" not in ways or not set(ways) <= set(WAYS):
         raise ValueError(f"--ways {' '.join(ways)}: choose best, with which all are compared, and of {', '.join(WAYS)}")
-    settings = {"what": "speed", "model": report.fingerprint(model), "presets": {p: repr(PRESETS[p]) for p in PRESETS}}
+    settings = {"what": "speed", "model": fingerprint(model), "presets": {p: repr(PRESETS[p]) for p in PRESETS}}
     settings |= {n: getattr(arguments, n) for n in ("people", "poses", "gallery", "seed", "size", "steps", "guidance")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     witness = Witness(model)

@@ -8,17 +8,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from tqdm import tqdm
 
-from facesnap.evaluation import metrics, protocol, report
+from facesnap import metrics
+from facesnap.evaluation import protocol, report
 from facesnap.evaluation.protocol import Witness
 from facesnap.evaluation.scorer import visible
 from facesnap.folder import read_settings
 from facesnap.images import open_image
+from facesnap.provenance import fingerprint
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """`--prompts` pictures by `StableDiffusionXLPipeline`; is there a face, and is it what was asked for?"""
     model, out = Path(arguments.model), Path(arguments.out)
-    settings = {"what": "stock", "model": report.fingerprint(model)}
+    settings = {"what": "stock", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("prompts", "seed", "size", "steps", "guidance")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)

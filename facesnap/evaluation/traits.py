@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from facesnap import metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import metrics, protocol, report
+from facesnap.evaluation import protocol, report
 from facesnap.faces import box_around
 from facesnap.geometry import square_crop
 from facesnap.images import open_image
 from facesnap.landmarks import to_68
+from facesnap.provenance import fingerprint
 from facesnap.synthetic.dataset import load_people
 
 TRAITS: dict[str, tuple[str, ...]] = {
@@ -218,7 +220,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = labels(folder)
     reader, on_renders = learn(Path(arguments.renders))
     pipe = protocol.load_pipeline(model, arguments.device)
-    version = report.fingerprint(model)
+    version = fingerprint(model)
     work = Path(arguments.out).with_suffix(".work") / f"{version[:12]}-{arguments.seed}"
     work.mkdir(parents=True, exist_ok=True)
     said: list[dict[str, str]] = []

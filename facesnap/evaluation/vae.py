@@ -13,11 +13,13 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from facesnap.evaluation import metrics, portraits, protocol, report
+from facesnap import metrics
+from facesnap.evaluation import portraits, protocol, report
 from facesnap.evaluation.methods import through_vae
 from facesnap.evaluation.protocol import Witness
 from facesnap.images import open_image
 from facesnap.landmarks import GROUPS
+from facesnap.provenance import fingerprint
 
 EYES = [*GROUPS["left_eye"], *GROUPS["right_eye"]]
 MARGIN = 0.2  # eye distances around the eyes' landmarks
@@ -26,7 +28,7 @@ MARGIN = 0.2  # eye distances around the eyes' landmarks
 def run(arguments: argparse.Namespace) -> dict:
     """The true pictures of the main evaluation's requests through the VAE; the report without its provenance."""
     model, out, size = Path(arguments.model), Path(arguments.out), arguments.size
-    settings = {"what": "vae", "model": report.fingerprint(model)}
+    settings = {"what": "vae", "model": fingerprint(model)}
     settings |= {n: getattr(arguments, n) for n in ("people", "poses", "seed", "size")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     witness = Witness(model)

@@ -25,8 +25,9 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from transformers import CLIPVisionModel
 
+from facesnap import metrics
 from facesnap.errors import InputError
-from facesnap.evaluation import methods, metrics, plan, score
+from facesnap.evaluation import methods, plan, score
 from facesnap.evaluation.__main__ import parse
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.ffrnet import FFRNet, Variant

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from facesnap.attachment import parts_of
 from facesnap.errors import InputError
-from facesnap.evaluation.metrics import cosines, retention
+from facesnap.metrics import cosines, retention
 from facesnap.training.identity import unscale
 from facesnap.training.trainer import Batch
 

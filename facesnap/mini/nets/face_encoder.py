@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from facesnap.clip import face_pixels
-from facesnap.evaluation.metrics import linear_probe
 from facesnap.faces import box_around
 from facesnap.geometry import square_crop, warp
+from facesnap.metrics import linear_probe
 from facesnap.mini import augment as views
 from facesnap.mini.backgrounds import Backgrounds
 from facesnap.mini.nets.tokenizer import token_ids

@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from facesnap import landmarks
-from facesnap.evaluation.metrics import attribute_accuracy
 from facesnap.evaluation.report import rounded, table
 from facesnap.evaluation.scorer import VIEWS, Values, starts, visible, whole
 from facesnap.faces import align, five_points
+from facesnap.metrics import attribute_accuracy
 from facesnap.synthetic.dataset import CLOTHES, People
 from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 

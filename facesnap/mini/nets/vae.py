@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from facesnap.evaluation.metrics import sharpness
 from facesnap.faces import five_points
 from facesnap.landmarks import to_68
+from facesnap.metrics import sharpness
 from facesnap.mini.nets.vae_losses import FaceFeatures, PatchCritic
 from facesnap.synthetic.dataset import BACKGROUND, CLOTHES, People, load_people
 from facesnap.training.checkpointing import write_whole

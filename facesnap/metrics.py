@@ -3,7 +3,7 @@
 What the paper calls FaceSim is here *identity retention*: the cosine between generated face and reference
 on a scale whose ends are measured, strangers at 0 and the true picture of that person at 1, so that a
 recogniser that is lenient (or poor) does not flatter the model. A face that was not found is the caller's
-to enter as a cosine of 0, a missed rank and a landmark error of 1 eye distance: see protocol.py.
+to enter as a cosine of 0, a missed rank and a landmark error of 1 eye distance: see facesnap.evaluation.protocol.
 """
 
 from collections.abc import Callable, Sequence

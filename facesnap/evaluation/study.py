@@ -17,6 +17,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -177,62 +178,68 @@ def read_answers(path: Path) -> Iterator[dict[str, str]]:
 
 def serve(study: Study, host: str, port: int) -> ThreadingHTTPServer:
     """A server for the study, not yet running; port 0 takes any that is free."""
+    return ThreadingHTTPServer((host, port), partial(Page, study))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            address = urlsplit(self.path)
-            given = {name: values[0] for name, values in parse_qs(address.query).items()}
-            if address.path == "/":
-                self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
-            elif address.path == "/next":
-                self.attempt(lambda: study.next(judge_of(given)))
-            elif address.path == "/picture":
-                number = int(n) if (n := given.get("number", "")).isdecimal() else -1
-                self.attempt(lambda: study.picture(judge_of(given), number, given.get("side", "")))
-            else:
-                self.answer(404, "text/plain", b"There is nothing here.")
 
-        def do_POST(self) -> None:
-            # only a page of this very server can send JSON without asking first, and we allow nobody else
-            is_json = self.headers.get_content_type() == "application/json"
-            length = int(n) if (n := self.headers.get("Content-Length", "")).isdecimal() else MOST_BODY + 1
-            if self.path != "/answer" or not is_json or length > MOST_BODY:
-                self.answer(400, "text/plain", b"This is no answer.")
-                return
-            self.attempt(lambda: self.take(json.loads(self.rfile.read(length))))
+class Page(BaseHTTPRequestHandler):
+    """Answers one request of a judge's browser."""
 
-        def take(self, given: Any) -> dict[str, Any]:
-            if not isinstance(given, dict) or not isinstance(given.get("number"), int):
-                raise InputError("This is no answer.")
-            judge = judge_of(given)
-            study.put(judge, given["number"], str(given.get("question")), str(given.get("answer")))
-            return study.next(judge)
+    def __init__(self, study: Study, *connection: Any):
+        self.study = study
+        super().__init__(*connection)
 
-        def attempt(self, work: Any) -> None:
-            try:
-                found = work()
-            except (InputError, json.JSONDecodeError) as error:
-                said = str(error) if isinstance(error, InputError) else "This is no JSON."
-                self.answer(400, "application/json", json.dumps({"error": said}).encode())
-                return
-            if isinstance(found, bytes):
-                self.answer(200, "image/png", found)
-            else:
-                self.answer(200, "application/json", json.dumps(found).encode())
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        given = {name: values[0] for name, values in parse_qs(address.query).items()}
+        if address.path == "/":
+            self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif address.path == "/next":
+            self.attempt(lambda: self.study.next(judge_of(given)))
+        elif address.path == "/picture":
+            number = int(n) if (n := given.get("number", "")).isdecimal() else -1
+            self.attempt(lambda: self.study.picture(judge_of(given), number, given.get("side", "")))
+        else:
+            self.answer(404, "text/plain", b"There is nothing here.")
 
-        def answer(self, status: int, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(body)
+    def do_POST(self) -> None:
+        # only a page of this very server can send JSON without asking first, and we allow nobody else
+        is_json = self.headers.get_content_type() == "application/json"
+        length = int(n) if (n := self.headers.get("Content-Length", "")).isdecimal() else MOST_BODY + 1
+        if self.path != "/answer" or not is_json or length > MOST_BODY:
+            self.answer(400, "text/plain", b"This is no answer.")
+            return
+        self.attempt(lambda: self.take(json.loads(self.rfile.read(length))))
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Says nothing: the judges' names are in the addresses."""
+    def take(self, given: Any) -> dict[str, Any]:
+        if not isinstance(given, dict) or not isinstance(given.get("number"), int):
+            raise InputError("This is no answer.")
+        judge = judge_of(given)
+        self.study.put(judge, given["number"], str(given.get("question")), str(given.get("answer")))
+        return self.study.next(judge)
 
-    return ThreadingHTTPServer((host, port), Handler)
+    def attempt(self, work: Any) -> None:
+        try:
+            found = work()
+        except (InputError, json.JSONDecodeError) as error:
+            said = str(error) if isinstance(error, InputError) else "This is no JSON."
+            self.answer(400, "application/json", json.dumps({"error": said}).encode())
+            return
+        if isinstance(found, bytes):
+            self.answer(200, "image/png", found)
+        else:
+            self.answer(200, "application/json", json.dumps(found).encode())
+
+    def answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Says nothing: the judges' names are in the addresses."""
 
 
 def judge_of(given: dict[str, Any]) -> str:

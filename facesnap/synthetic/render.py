@@ -78,46 +78,52 @@ def to_world(points, p):
 
 
 def build(p):
-    """All surfaces of one picture in the world frame: a list of (V, C, triangles, part)."""
-    head, body = [], []
+    """All surfaces of one picture in the world frame: a list of (V, C, triangles, part), the face first."""
+    on_head = [(to_world(V, p), C, T, part) for V, C, T, part in (*head_and_hair(p), *worn(p))]
+    torso = rotation(float(p["torso_yaw"]), 0.0, float(p["roll"]) * 0.15)
+    top, bottom = to_world(np.array([[0, -0.55, -0.12]]), p)[0], torso @ np.array([0, -1.75 + lift(p), -0.28])
+    neck = (*neck_mesh(p, top, bottom), triangles(*NECK_GRID, True), NECK)
+    V, C = torso_mesh(p)
+    return [*on_head, neck, (V @ torso.T, C, triangles(*TORSO_GRID, True), CLOTHES)]
 
-    def shell(mesh, grid, part, flip=False):
-        V, C = np.empty((2, grid[0] * grid[1], 3))
-        mesh(p, *grid, V, C)
-        head.append((V, C, triangles(*grid, flip), part))
 
-    shell(head_mesh, HEAD_GRID, HEAD)
+def head_and_hair(p):
+    """Face, ears and hair in the head frame, as in `build`."""
+    yield shell(head_mesh, HEAD_GRID, HEAD, p)
     for side in (-1.0, 1.0):
         V, C = np.empty((2, EAR_GRID[0] * EAR_GRID[1], 3))
         ear_mesh(p, side, *EAR_GRID, V, C)
-        head.append((V, C, triangles(*EAR_GRID, side < 0), EAR))
+        yield V, C, triangles(*EAR_GRID, side < 0), EAR
     if p["hair_thickness"] > 0.012:
-        shell(hair_mesh, HAIR_GRID, HAIR)
+        yield shell(hair_mesh, HAIR_GRID, HAIR, p)
     if p["curtain_length"] > 0:
-        shell(curtain_mesh, CURTAIN_GRID, CURTAIN)
+        yield shell(curtain_mesh, CURTAIN_GRID, CURTAIN, p)
     if p["bun"] > 0 and p["hat"] == 0:
-        head.append((*bun_mesh(p, *BUN_GRID), triangles(*BUN_GRID), HAIR))
+        yield *bun_mesh(p, *BUN_GRID), triangles(*BUN_GRID), HAIR
+
+
+def worn(p):
+    """Hat, glasses and a hand at the face in the head frame, as in `build`."""
     if p["hat"] > 0:
-        shell(hat_mesh, HAT_GRID, HAT)
+        yield shell(hat_mesh, HAT_GRID, HAT, p)
     if p["hat"] == 2:
-        shell(visor_mesh, VISOR_GRID, HAT)
+        yield shell(visor_mesh, VISOR_GRID, HAT, p)
     if p["glasses"] > 0:
         for V, n in glasses_meshes(p):
-            head.append((V, np.ones_like(V), triangles(6, n), GLASSES))
+            yield V, np.ones_like(V), triangles(6, n), GLASSES
     if p["sunglasses"] > 0:
         for side in (-1.0, 1.0):
-            head.append((*lens_mesh(p, side), triangles(*LENS_GRID), GLASSES))
+            yield *lens_mesh(p, side), triangles(*LENS_GRID), GLASSES
     if p["hand"] > 0:
         for V, C in hand_meshes(p):
-            head.append((V, C, triangles(*HAND_GRID), HAND))
-    head = [(to_world(V, p), C, T, part) for V, C, T, part in head]
+            yield V, C, triangles(*HAND_GRID), HAND
 
-    torso = rotation(float(p["torso_yaw"]), 0.0, float(p["roll"]) * 0.15)
-    top, bottom = to_world(np.array([[0, -0.55, -0.12]]), p)[0], torso @ np.array([0, -1.75 + lift(p), -0.28])
-    body.append((*neck_mesh(p, top, bottom), triangles(*NECK_GRID, True), NECK))
-    V, C = torso_mesh(p)
-    body.append((V @ torso.T, C, triangles(*TORSO_GRID, True), CLOTHES))
-    return head + body
+
+def shell(mesh, grid, part, p):
+    """A surface that is a grid of points."""
+    V, C = np.empty((2, grid[0] * grid[1], 3))
+    mesh(p, *grid, V, C)
+    return V, C, triangles(*grid, False), part
 
 
 def fine_features(C, p):

@@ -46,31 +46,6 @@ Returns:
 def add_endpoints(studio: Studio, listeners: Listeners) -> None:
     """Both, on components that are never shown."""
 
-    def preview(given: dict[str, Any], visitor: Visitor) -> tuple[np.ndarray, dict[str, Any]]:
-        request = parse(given)
-        look = studio.look(request, lambda path, role: studio.read(path, role, visitor))
-        drawn, faces = look.result.drawing, [reading.face for reading in look.references]
-        return drawn, {
-            "width": drawn.shape[1],
-            "height": drawn.shape[0],
-            "landmarks": np.round(look.result.landmarks, 2).tolist(),
-            "face_boxes": [np.round(face.box, 1).tolist() for face in faces],
-            "faces_in_photos": [face.count for face in faces],
-            "notes": list(look.result.notes),
-        }
-
-    def generate(given: dict[str, Any], visitor: Visitor) -> Generator[tuple[list[str], dict[str, Any]]]:
-        paths: list[str] = []
-        with closing(studio.make(parse(given), visitor=visitor)) as events:
-            for event in events:
-                if isinstance(event, Step):
-                    yield paths, {"step": event.done, "of": event.of, "picture": event.number + 1}
-                elif isinstance(event, Waiting):
-                    yield paths, {"waiting": event.ahead}
-                elif isinstance(event, Portrait):
-                    paths = [*paths, event.path]
-                    yield paths, event.report
-
     def heard(request: gr.Request) -> Visitor:
         visitor = visitor_of(request)
         listeners.await_one(visitor.session)
@@ -79,14 +54,14 @@ def add_endpoints(studio: Studio, listeners: Listeners) -> None:
     def answer_preview(*values: Any) -> tuple[np.ndarray, dict[str, Any]]:
         given = dict(zip(PARAMETERS["preview"], values, strict=False))
         try:
-            return preview(given, heard(values[-1]))
+            return preview(studio, given, heard(values[-1]))
         except Exception as error:
             raise gr.Error(for_visitors(error), print_exception=False) from None
 
     def answer_generate(*values: Any) -> Generator[tuple[list[str], dict[str, Any]]]:
         given = dict(zip(PARAMETERS["generate"], values, strict=False))
         try:
-            yield from generate(given, heard(values[-1]))
+            yield from generate(studio, given, heard(values[-1]))
         except Exception as error:
             raise gr.Error(for_visitors(error), print_exception=False) from None
 
@@ -107,6 +82,34 @@ def add_endpoints(studio: Studio, listeners: Listeners) -> None:
             declared, [boxes[one] for one in names], outputs, api_name=name,
             concurrency_id=name, concurrency_limit=MOST_AT_ONCE,
         )  # fmt: skip
+
+
+def preview(studio: Studio, given: dict[str, Any], visitor: Visitor) -> tuple[np.ndarray, dict[str, Any]]:
+    """The drawing, RGB uint8 (height, width, 3), and the report."""
+    look = studio.look(parse(given), lambda path, role: studio.read(path, role, visitor))
+    drawn, faces = look.result.drawing, [reading.face for reading in look.references]
+    return drawn, {
+        "width": drawn.shape[1],
+        "height": drawn.shape[0],
+        "landmarks": np.round(look.result.landmarks, 2).tolist(),
+        "face_boxes": [np.round(face.box, 1).tolist() for face in faces],
+        "faces_in_photos": [face.count for face in faces],
+        "notes": list(look.result.notes),
+    }
+
+
+def generate(studio: Studio, given: dict[str, Any], visitor: Visitor) -> Generator[tuple[list[str], dict[str, Any]]]:
+    """After every step the paths of the portraits so far, and the report."""
+    paths: list[str] = []
+    with closing(studio.make(parse(given), visitor=visitor)) as events:
+        for event in events:
+            if isinstance(event, Step):
+                yield paths, {"step": event.done, "of": event.of, "picture": event.number + 1}
+            elif isinstance(event, Waiting):
+                yield paths, {"waiting": event.ahead}
+            elif isinstance(event, Portrait):
+                paths = [*paths, event.path]
+                yield paths, event.report
 
 
 def parse(given: dict[str, Any]) -> PortraitRequest:

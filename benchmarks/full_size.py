@@ -42,7 +42,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
-from benchmarks import generate  # noqa: E402
+from benchmarks import random_models  # noqa: E402
 from benchmarks.training import batches  # noqa: E402
 from facesnap.face_adapter import HEAD_WIDTH, FaceAdapter  # noqa: E402
 from facesnap.ffrnet import FFRNet  # noqa: E402
@@ -141,31 +141,31 @@ def flat(out: Any) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------ the folders
 
 
-def parts_of(size: generate.Size, eos: int) -> dict[str, Callable[[], nn.Module]]:
+def parts_of(size: random_models.Size, eos: int) -> dict[str, Callable[[], nn.Module]]:
     """How each part is made; FFRNet and InstantID's ControlNet as the UNet's shape says."""
 
     def ffrnet(kind: Any) -> nn.Module:
         with torch.device("meta"):
-            unet = generate.make_unet(size)
+            unet = random_models.make_unet(size)
         return kind.from_unet(unet, load_weights_from_unet=False)
 
     def adapter() -> nn.Module:
         with torch.device("meta"):
-            unet = generate.make_unet(size)
+            unet = random_models.make_unet(size)
         places = [name for name in unet.attn_processors if "attn2" in name]
         hidden = tuple(unet.get_submodule(p.removesuffix(".processor")).to_q.out_features for p in places)
         heads = size.mixer // HEAD_WIDTH
         return FaceAdapter(width=size.mixer, heads=heads, token_dim=sum(size.text), hidden_sizes=hidden)
 
     return {
-        "unet": lambda: generate.make_unet(size),
-        "vae": lambda: generate.make_vae(size),
-        "text_encoder": lambda: generate.make_text_encoder(size, 0, eos),
-        "text_encoder_2": lambda: generate.make_text_encoder(size, 1, eos),
-        "face_encoder": lambda: generate.make_face_encoder(size),
+        "unet": lambda: random_models.make_unet(size),
+        "vae": lambda: random_models.make_vae(size),
+        "text_encoder": lambda: random_models.make_text_encoder(size, 0, eos),
+        "text_encoder_2": lambda: random_models.make_text_encoder(size, 1, eos),
+        "face_encoder": lambda: random_models.make_face_encoder(size),
         "ffrnet": lambda: ffrnet(FFRNet),
         "mixer": lambda: FacialAttributeMixer(
-            clip_dim=size.face, width=size.mixer, heads=size.mixer // 64, num_tokens=generate.TOKENS,
+            clip_dim=size.face, width=size.mixer, heads=size.mixer // 64, num_tokens=random_models.TOKENS,
             token_dim=sum(size.text), pooled_dim=size.text[1],
         ),
         "instantid/ffrnet": lambda: ffrnet(ControlNetModel),
@@ -173,20 +173,20 @@ def parts_of(size: generate.Size, eos: int) -> dict[str, Callable[[], nn.Module]
     }  # fmt: skip
 
 
-def build(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
+def build(folder: Path, size: random_models.Size, told: Told) -> dict[str, Any]:
     """`folder/facesnap` and `folder/instantid`, whose base is the former's by links."""
     ours, theirs = folder / "facesnap", folder / "instantid"
     for place in (ours, theirs):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-    tokenizer = train_tokenizer([generate.PROMPT])
+    tokenizer = train_tokenizer([random_models.PROMPT])
     tokenizer.model_max_length = 77
     sizes = {}
     torch.manual_seed(0)
     for name, make in parts_of(size, tokenizer.eos_token_id).items():
         place = theirs / name.removeprefix("instantid/") if name.startswith("instantid/") else ours / name
         with told.part(name):
-            with generate.default_dtype(BF16):  # never at float32 first, which would be twice the memory
+            with random_models.default_dtype(BF16):  # never at float32 first, which would be twice the memory
                 made = make()
             made.save_pretrained(place, max_shard_size="2GB")
         sizes[name] = round(sum(file.stat().st_size for file in place.iterdir()) / 1e9, 3)
@@ -213,16 +213,16 @@ def build(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the phases
 
 
-def portrait(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
+def portrait(folder: Path, size: random_models.Size, told: Told) -> dict[str, Any]:
     return picture(FaceSnapPipeline, folder / "facesnap", size, told, ("face_encoder", "mixer"))
 
 
-def instantid(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
+def instantid(folder: Path, size: random_models.Size, told: Told) -> dict[str, Any]:
     return picture(InstantIDPipeline, folder / "instantid", size, told, ("mixer",))
 
 
 def picture(
-    kind: type[FaceSnapPipeline], folder: Path, size: generate.Size, told: Told, readers: tuple[str, ...]
+    kind: type[FaceSnapPipeline], folder: Path, size: random_models.Size, told: Told, readers: tuple[str, ...]
 ) -> dict[str, Any]:
     """One portrait by the path that a visitor's photo takes."""
     with told.part("load"):
@@ -230,14 +230,14 @@ def picture(
     pipe.set_progress_bar_config(disable=True)
     told.watch(pipe, ("text_encoder", "text_encoder_2", *readers, "unet", "ffrnet", "vae"))
     with told.part("whole portrait"):
-        made = pipe(generate.PROMPT, reference=PHOTO, seed=0, score=False)
+        made = pipe(random_models.PROMPT, reference=PHOTO, seed=0, score=False)
     pixels = np.asarray(made.images[0])
     if pixels.shape != (size.side, size.side, 3) or pixels.std() == 0:
         raise ValueError(f"the portrait is {pixels.shape} with a deviation of {pixels.std()}: no picture")
     return {"size": made.size, "steps": made.steps, "guidance": made.guidance, "mean": round(float(pixels.mean()), 1)}
 
 
-def train(folder: Path, size: generate.Size, told: Told) -> dict[str, Any]:
+def train(folder: Path, size: random_models.Size, told: Told) -> dict[str, Any]:
     """A step of the trainer, and the loss that it gave."""
     from facesnap.training.processes import make_accelerator
     from facesnap.training.train import TrainConfig, make_stage
@@ -275,7 +275,7 @@ def phase(name: str, folder: Path, size: str) -> dict[str, Any]:
     """One phase in this process: what it says of itself, seconds by part and memory."""
     told = Told()
     with told.memory():
-        found = PHASES[name](folder, generate.SIZES[size], told)
+        found = PHASES[name](folder, random_models.SIZES[size], told)
     return found | told.whole()
 
 
@@ -283,7 +283,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the models are built; not deleted")
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
-    parser.add_argument("--size", choices=generate.SIZES, default="sdxl")
+    parser.add_argument("--size", choices=random_models.SIZES, default="sdxl")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--machine", help="how the report calls this machine, instead of what it says of itself")
     parser.add_argument("--here", choices=PHASES, help=argparse.SUPPRESS)  # one phase, for the parent to read

@@ -23,24 +23,22 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or not
 
-from benchmarks.generate import default_dtype  # noqa: E402
+from benchmarks.live_bytes import LiveBytes  # noqa: E402
+from benchmarks.random_models import SIZES, default_dtype, make_unet, make_vae  # noqa: E402
 from facesnap.ffrnet import FFRNet, attach  # noqa: E402
 from facesnap.mixer import FacialAttributeMixer  # noqa: E402
 from facesnap.pipeline import FaceSnapPipeline  # noqa: E402
@@ -52,6 +50,7 @@ from facesnap.training.losses import add_noise, diffusion_target  # noqa: E402
 from facesnap.training.portraits import PortraitStage, what_learns  # noqa: E402
 from facesnap.training.trainer import Batch, Trainer, TrainerConfig  # noqa: E402
 
+SDXL = SIZES["sdxl"]
 PARTS = ("speed", "operations", "memory", "cards")
 STEPS = (1, 2, 4, 8)
 ALPHAS = torch.linspace(0.999, 0.005, 1000)  # made here, since a fake tensor has no values
@@ -62,37 +61,6 @@ RUNS = {  # of configs/, as docs/training_costs.md tells them
     "sdxl-24gb.yaml": {"side": 768, "count": 1, "learn": "light", "optimiser_bytes": 2},
 }
 FACE = np.array([[0.38, 0.40], [0.62, 0.40], [0.50, 0.52], [0.41, 0.64], [0.59, 0.64]])  # of a picture's side
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operations made and nobody has let go of, and their peak.
-
-    `known`: tensors that were there before and are not to count (weights, their gradients).
-    """
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.count(leaf.untyped_storage())
-        return out
-
-    def count(self, storage) -> None:
-        if storage in self.seen:
-            return
-        size = storage.nbytes()
-        self.seen.add(storage)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.free, size)
-
-    def free(self, size: int) -> None:
-        self.now -= size
 
 
 # ------------------------------------------------------------------------------------------------ 1. time
@@ -199,23 +167,6 @@ def speed(model: str, count: int, rounds: int, size: int) -> dict:
 # ------------------------------------------------------------------------------------------- 2. operations
 
 
-def sdxl_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    ).requires_grad_(False)  # fmt: skip
-
-
-def sdxl_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
-    ).requires_grad_(False)  # fmt: skip
-
-
 def iresnet50() -> IResNet:
     """w600k_r50's form, with random weights."""
 
@@ -238,7 +189,7 @@ def operations() -> dict:
     """Floating-point operations of one sample's step at SDXL's size: forward and backward, without the encoders that
     both share (VAE) or that may be cached (texts). CLIP ViT-H is counted by its formula: 24·n·d² + 4·n²·d a layer."""
     with FakeTensorMode():
-        unet = sdxl_unet()
+        unet = make_unet(SDXL).requires_grad_(False)
         noisy, t = torch.zeros(1, 4, 128, 128), torch.zeros(1, dtype=torch.long)
         text, ids, control = torch.zeros(1, 77, 2048), torch.zeros(1, 6), torch.zeros(1, 3, 1024, 1024)
         added = {"text_embeds": torch.zeros(1, 1280), "time_ids": ids}
@@ -327,8 +278,8 @@ def small_peaks(model: str) -> dict[int, int]:
 def sdxl_parts() -> tuple[UNet2DConditionModel, FFRNet, IdentityLoss]:
     """SDXL as it is trained: the UNet in bfloat16, VAE and FFRNet in float32, gradient checkpointing on."""
     with default_dtype(torch.bfloat16):  # fake weights cannot be converted in place
-        unet = sdxl_unet()
-    vae = sdxl_vae()
+        unet = make_unet(SDXL).requires_grad_(False)
+    vae = make_vae(SDXL).requires_grad_(False)
     ffrnet = FFRNet.from_unet(unet, load_weights_from_unet=False)
     for module in (unet, ffrnet, vae):
         module.enable_gradient_checkpointing()

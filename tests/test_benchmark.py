@@ -1,20 +1,18 @@
 """The benchmark counts and times the pipeline's own calls; at small size here, as its command line does."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import generate
+from benchmarks import generate, random_models
 
 ROWS = [generate.PLAIN, generate.INSTANTID, generate.PAPER, "FaceSnap, best", "FaceSnap, fast"]
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def counted(shallow, tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark") / "flops.json"
     generate.main(["--flops", "--size", "small", "--out", str(out)])
     return json.loads(out.read_text())
@@ -34,13 +32,13 @@ def test_what_is_left_out_is_not_counted(counted):
     assert all(goal["met"] for goal in counted["goals"].values())
 
 
-def test_remembered_blocks_count_as_if_they_ran(monkeypatch):
+def test_remembered_blocks_count_as_if_they_ran(shallow, monkeypatch):
     rows, best = generate.Portraits.rows, "FaceSnap, best"
     monkeypatch.setattr(generate, "STEPS", 2)
     monkeypatch.setattr(generate.Portraits, "rows", lambda self: {best: rows(self)[best]})
-    size = generate.SIZES["small"]
-    with generate.FlopCounterMode(display=False) as counter:
-        generate.Portraits(generate.make_pipeline(size, "meta", torch.float16), size.side).rows()[best]()
+    size = random_models.SIZES["small"]
+    with FlopCounterMode(display=False) as counter:
+        generate.Portraits(random_models.make_pipeline(size, "meta", torch.float16), size.side).rows()[best]()
     assert generate.count(size)[0] == {best: counter.get_total_flops() / 1e12}
 
 

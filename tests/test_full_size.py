@@ -6,7 +6,7 @@ from benchmarks.full_size import phase
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(shallow, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full_size")
     built = phase("build", folder, "small")
     assert built["gb_of_facesnap"] > 0 and {"unet", "ffrnet", "instantid/mixer"} <= set(built["gb_on_disk"])

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import training as benchmark
-from benchmarks.training import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from facesnap.faces import align
 from facesnap.ffrnet import attach
 from facesnap.mini.checkpoint import store_half

@@ -1,6 +1,6 @@
 """The ten pose templates: how a head is held, and how large it is, as numbers any head model can take.
 
-`python -m facesnap.templates --model HEAD_FOLDER --out assets/templates` draws their thumbnails.
+`python -m facesnap.templates --model HEAD_FOLDER --out facesnap/web/templates` draws their thumbnails.
 """
 
 import argparse

@@ -89,14 +89,10 @@ def files(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def page(pipe, tmp_path_factory):
     """The page, served; its assets are made here, so that it does not matter which the repository has."""
-    from facesnap.templates import TEMPLATES, thumbnail
     from facesnap.web import server
 
     assets = tmp_path_factory.mktemp("assets")
-    for folder in ("templates", "examples"):
-        (assets / folder).mkdir()
-    for template in TEMPLATES:
-        Image.fromarray(thumbnail(template, pipe.head_model, 64)).save(assets / "templates" / f"{template.name}.png")
+    (assets / "examples").mkdir()
     Image.fromarray(photo(3)).save(assets / "examples" / "cleo.png")
     row = {"reference": "cleo.png", "pose": "quarter-left", "prompt": "in a red coat", "style": "oil painting"}
     (assets / "examples" / "examples.json").write_text(json.dumps([row]))

@@ -1,7 +1,5 @@
 """The shaded head: its surface and shading, which need no PyTorch3D, and what is said without it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -61,7 +59,6 @@ def test_preview_knows_the_head_behind_its_landmarks(pipe):
 def test_the_pages_preview_shows_it_where_it_can(pipe, tmp_path, monkeypatch):
     Image.fromarray(photo(1)).save(tmp_path / "me.png")
     studio, sitting = Studio(pipe), PortraitRequest(reference=str(tmp_path / "me.png"), pose="front")
-    templates_ = Path(__file__).parents[1] / "assets" / "templates"
     without = studio.look(sitting)
     asked = []
 
@@ -73,9 +70,9 @@ def test_the_pages_preview_shows_it_where_it_can(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(shaded, "picture", picture)
     with_ = studio.look(sitting)
     assert asked == [(pipe.head_model, with_.result.head, with_.result.drawing.shape[:2])]
-    assert "the head behind it" in views.preview(with_, "front", templates_)
+    assert "the head behind it" in views.preview(with_, "front")
     if without.head is None:  # PyTorch3D is not installed
-        assert "the head behind it" not in views.preview(without, "front", templates_)
+        assert "the head behind it" not in views.preview(without, "front")
 
 
 @pytest.mark.skipif(shaded.available(), reason="PyTorch3D is installed")

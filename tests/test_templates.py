@@ -1,7 +1,6 @@
 """The ten pose templates."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from simulated_heads import model
 
 from facesnap import templates
 from facesnap.errors import InputError
+from facesnap.web import views
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +61,5 @@ def test_thumbnails_are_small_and_show_the_landmarks(heads):
 
 
 def test_the_committed_thumbnails_are_those_of_the_templates():
-    folder = Path(__file__).parents[1] / "assets" / "templates"
+    folder = views.THUMBNAILS
     assert {path.stem for path in folder.glob("*.png")} == {template.name for template in templates.TEMPLATES}

@@ -171,7 +171,7 @@ class Events:
         try:
             asked = PortraitRequest.of_photos(paths, **values)
             look = self.studio.look(asked, lambda path, role: self.read(path, role, visitor))
-            return seen, views.preview(look, asked.pose, self.form.templates)
+            return seen, views.preview(look, asked.pose)
         except Exception as error:
             return seen, views.note(for_visitors(error), error=True)
 
@@ -231,7 +231,7 @@ class Events:
             for update, made in self._made(asked, form, self.heard(request)):
                 if isinstance(made, Look):
                     looks[self.form.seen] = views.seen(made.references)
-                    looks[self.form.preview] = views.preview(made, row["pose"], self.form.templates)
+                    looks[self.form.preview] = views.preview(made, row["pose"])
                     update |= looks
                 elif isinstance(made, Portrait):
                     looks[self.form.summary] = update[self.form.summary]

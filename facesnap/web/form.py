@@ -38,7 +38,7 @@ class Form:
 
     def __init__(self, pipeline: Any, assets: Path) -> None:
         self.pipeline, self.settings = pipeline, pipeline.settings
-        self.shelf, self.templates = examples(assets / "examples"), assets / "templates"
+        self.shelf = examples(assets / "examples")
         self.inputs: dict[str, Any] = {}
         gr.HTML(views.HEAD)
         with gr.Row(equal_height=False, elem_id="columns"):

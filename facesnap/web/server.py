@@ -75,12 +75,12 @@ def build(
     most_waiting: int = MOST_WAITING,
     assets: Path = ASSETS,
 ) -> Blocks:
-    """The whole page over a loaded `FaceSnapPipeline`; allowed, on_gpu and most_waiting as in `Studio`; assets holds
-    the examples and the templates' thumbnails."""
+    """The whole page over a loaded `FaceSnapPipeline`; allowed, on_gpu and most_waiting as in `Studio`; assets: the
+    folder of the examples, if there are any."""
     scratch = uploads.scratch(uploads.folder())
     studio = Studio(pipeline, on_gpu=on_gpu, allowed=allowed, most_waiting=most_waiting, scratch=scratch)
     with Blocks(title="FaceSnap", analytics_enabled=False) as demo:
-        demo.listeners, demo.assets = Listeners(), assets
+        demo.listeners = Listeners()
         Events(Form(pipeline, assets), studio, demo.listeners)
         add_endpoints(studio, demo.listeners)
     return demo
@@ -93,7 +93,7 @@ def launch(demo: Blocks, **options: Any) -> Any:
     door = Middleware(Door, listeners=demo.listeners, endpoints=PARAMETERS)
     launched = demo.queue(api_open=False, max_size=2 * MOST_AT_ONCE).launch(
         theme=THEME,
-        css=(here / "page.css").read_text(encoding="utf-8") + views.pose_tiles(demo.assets / "templates"),
+        css=(here / "page.css").read_text(encoding="utf-8") + views.pose_tiles(),
         head=f"<script>{(here / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=uploads.MOST_BYTES,
         max_threads=2 * MOST_AT_ONCE,

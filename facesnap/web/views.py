@@ -36,6 +36,7 @@ STAGE_FAILED = f"""<div class="fs-empty fs-stage fs-failed">{FACE}<p>No portrait
 <p class="fs-tip">What to do stands beside the button.</p></div>"""
 
 
+THUMBNAILS = Path(__file__).with_name("templates")  # <template name>.png
 PAPER = "https://arxiv.org/abs/2602.00627"
 APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
 
@@ -79,7 +80,7 @@ def seen(readings: Sequence[Reading | str]) -> str:
     return f'<div class="fs-tiles fs-{len(tiles)}">{"".join(tiles)}</div>'
 
 
-def preview(look: Look, pose: str, templates: Path) -> str:
+def preview(look: Look, pose: str) -> str:
     """The reference and the driver with their landmarks, the reconstructed head where it can be shaded, and the drawing
     the model is given, at its aspect."""
     figures = [_figure(overlay(look.references[0]), "your photo", "Your photo with its landmarks.")]
@@ -89,7 +90,7 @@ def preview(look: Look, pose: str, templates: Path) -> str:
         figures.append(_figure(overlay(look.driver), which, "The pose photo with its landmarks."))
     elif pose != OWN_POSE:
         template = next(template for template in TEMPLATES if template.name == pose)
-        picture = _thumbnail(templates / f"{pose}.png")
+        picture = _thumbnail(pose)
         figures.append(_figure(picture, template.title.lower(), f"The pose “{template.title}” with its landmarks."))
     height, width = look.result.drawing.shape[:2]
     drawing = _figure(
@@ -209,18 +210,18 @@ def summary(report: dict[str, Any], comparison: str = "") -> str:
 # ------------------------------------------------------------------ pictures in pages
 
 
-def pose_tiles(folder: Path) -> str:
-    """CSS that puts the thumbnails `<folder>/<template name>.png` on the templates' radio buttons."""
+def pose_tiles() -> str:
+    """CSS that puts the thumbnails on the templates' radio buttons."""
     rules = []
     for number, template in enumerate(TEMPLATES, start=2):  # the first button is the photo's own pose
-        picture = f"background-image: url({_data_uri(_thumbnail(folder / f'{template.name}.png'), 160)})"
+        picture = f"background-image: url({_data_uri(_thumbnail(template.name), 160)})"
         rules.append(f"#pose label:nth-of-type({number})::before {{ {picture} }}")
     return "\n".join(rules)
 
 
 @cache
-def _thumbnail(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+def _thumbnail(template: str) -> np.ndarray:
+    return np.asarray(Image.open(THUMBNAILS / f"{template}.png").convert("RGB"))
 
 
 def _figure(image: np.ndarray, caption: str, alt: str, *, side: int = 384, style: str = "") -> str:

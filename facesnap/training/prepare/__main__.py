@@ -142,6 +142,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for how, column in ((options.identities, "identity"), (options.captions, "caption")):
         if how not in ("embedding", "folder", "prefix", "none", "given", "blip2"):
             read_table(how, column, photos)  # before the work, not after it
+    try:
+        options.absolute()  # before anything is noted down
+    except InputError as error:
+        raise SystemExit(str(error)) from error
     prepared = begin(out, args.source, options, photos)
     if not (out / "report.json").is_file():
         small_on_gpu = any(provider != "CPUExecutionProvider" for provider in args.providers)

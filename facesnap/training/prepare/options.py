@@ -4,7 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MINI = Path("assets/mini")
+from facesnap.checkpoints.plans import MINI
+from facesnap.errors import InputError
+
+MINI_PARTS = {"pack": MINI / "face_pack", "head": MINI / "head"}
 BLIP2 = "Salesforce/blip2-opt-2.7b"
 
 REASONS = (  # why a photo or a face is no sample, in the order in which they are looked at
@@ -22,10 +25,10 @@ REASONS = (  # why a photo or a face is no sample, in the order in which they ar
 
 @dataclass(frozen=True)
 class Options:
-    """What `--…` set; the defaults are for 1024²."""
+    """What `--…` set; the defaults are for 1024². pack, head: folders, or "mini" for those of the mini."""
 
-    pack: str = str(MINI / "face_pack")
-    head: str | None = str(MINI / "head")
+    pack: str = "mini"
+    head: str | None = "mini"
     parser: str | None = None
     captions: str = "given"
     caption_model: str = BLIP2
@@ -51,9 +54,21 @@ class Options:
         return self.parser is not None or self.captions == "blip2"
 
     def absolute(self) -> "Options":
-        """With the folders of models as any working directory finds them; Hub ids stay."""
+        """With the folders of models as any working directory finds them; Hub ids stay.
+
+        Raises:
+            InputError: the mini is meant, and this is no checkout.
+        """
         names = ("pack", "head", "parser", "caption_model")
         places: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for name, place in MINI_PARTS.items():
+            if places[name] == "mini":
+                if not place.is_dir():
+                    raise InputError(
+                        "The mini lies in assets/mini of the repository: work in a checkout, or give --pack and "
+                        "--head, the face_pack and head of another checkpoint."
+                    )
+                places[name] = place
         local = {name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).is_dir()}
         return replace(self, **dict[str, Any](local))
 

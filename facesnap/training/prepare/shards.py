@@ -80,7 +80,7 @@ def plan(out: Path, options: Options, photos: Sequence[Photo], prepared: str) ->
         shards = plan_shards(identities, options.samples_per_shard, options.seed)
         rows = table(samples, identities, shards)
         # the trainer asks whose embeddings it gets
-        told |= {"recogniser": FaceAnalyser(options.pack).recogniser_digest, "shards": len(shards)}
+        told |= {"recogniser": FaceAnalyser(options.absolute().pack).recogniser_digest, "shards": len(shards)}
         told["identities"] = np.bincount(np.bincount(identities)).tolist()  # how many have 0, 1, 2 … pictures
     counted = Counter(reject["reason"] for reject in rejects)
     told |= {"samples": len(rows), "rejected": {reason: counted[reason] for reason in REASONS}}

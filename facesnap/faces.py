@@ -111,23 +111,27 @@ class FaceAnalyser:
         """Twelve digits that tell this pack's recogniser from others: embeddings of two cannot be compared."""
         return hashlib.sha256(Path(self._models["recognition"].model_file).read_bytes()).hexdigest()[:12]
 
-    def analyse(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> Face:
+    def analyse(
+        self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None, portrait: bool = False
+    ) -> Face:
         """The largest face of an RGB uint8 picture (H, W, 3), as `facesnap.images.open_image` returns it.
 
         hard: is entered around the searches of a picture in which the first search, a tenth of the work, found
-        no face for certain: a server can let these wait for others.
+        no face for certain: a server can let these wait for others. portrait: a picture made here, so upright, no
+        quarter turn of it is tried, and its face needs no embedding (zeros), as it is compared by another recogniser.
 
         Raises `InputError` where no face is found, a drawn one, or none of 32 pixels."""
         bgr = _bgr(image)
-        sight = self._finder.look(bgr, hard)
+        sight = self._finder.look(bgr, hard, upright=portrait)
         if not sight.faces:
             raise InputError(_refusal(bgr, sight))
         face = sight.faces[0]
         turned, tilt, straightening, box = sight.turns, 0.0, None, face.box
+        landmarks: np.ndarray | None = face.landmarks
         if turned:
             image = np.ascontiguousarray(np.rot90(image, turned))
         if face.by == "haar":
-            box = self._settled(image, box)
+            box, landmarks = self._settled(image, box), None
         side = (box[2:] - box[:2]).max()
         if side < SMALLEST:
             largest = "The only face" if sight.count == 1 else f"The largest of the {sight.count} faces"
@@ -138,9 +142,11 @@ class FaceAnalyser:
         if is_drawn(image, box):
             raise InputError(f"What was seen {_where(image, box)} is a drawing: {ADVICE}")
         if abs(face.roll) > MOST_TILT:
-            tilt = face.roll
+            tilt, landmarks = face.roll, None
             image, box, straightening = self._straightened(image, face.landmarks, -tilt)
-        read = self.describe(image, box, face.score, count=sight.count, found_by=face.by)
+        if landmarks is None:
+            landmarks = self._finder.landmarks(_bgr(image), box)
+        read = self._described(image, box, face.score, landmarks, sight.count, face.by, embedded=not portrait)
         return replace(read, turned=-90 * turned % 360, tilt=tilt, straightening=straightening)
 
     def find(self, image: np.ndarray, *, hard: AbstractContextManager[Any] | None = None) -> Found:
@@ -152,12 +158,27 @@ class FaceAnalyser:
         self, image: np.ndarray, box: np.ndarray, score: float, *, count: int = 1, found_by: str = "detector"
     ) -> Face:
         """The face in a box (4,) of an RGB uint8 picture (H, W, 3); the rest is noted as given."""
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        landmarks = self._finder.landmarks(bgr, box)
+        landmarks = self._finder.landmarks(_bgr(image), box)
+        return self._described(image, box, score, landmarks, count, found_by)
+
+    def _described(
+        self,
+        image: np.ndarray,
+        box: np.ndarray,
+        score: float,
+        landmarks: np.ndarray,
+        count: int,
+        found_by: str,
+        *,
+        embedded: bool = True,
+    ) -> Face:
         # The landmark net looks at the face alone, larger than the detector saw it: its eyes, nose and mouth
         # are twice as exact as the detector's five points, and a recogniser lives on its alignment.
         keypoints = five_points(landmarks)
-        embedding = self._models["recognition"].get(bgr, InsightFace(bbox=box, kps=keypoints, det_score=score))
+        embedding = np.zeros(512, np.float32)
+        if embedded:
+            seen = InsightFace(bbox=box, kps=keypoints, det_score=score)
+            embedding = self._models["recognition"].get(_bgr(image), seen)
         return Face(
             box=box.astype(np.float32),
             score=score,

@@ -117,20 +117,20 @@ class Finder:
         kept = kept[found.scores[kept] >= WEAKEST * found.scores.max(initial=0)]
         return Found(found.boxes[kept], found.scores[kept], found.by)
 
-    def look(self, bgr: np.ndarray, hard: AbstractContextManager[Any] | None = None) -> Sight:
+    def look(self, bgr: np.ndarray, hard: AbstractContextManager[Any] | None = None, *, upright: bool = False) -> Sight:
         """The faces of a picture, turned so that they are upright; without any, the likeliest of the other boxes.
 
         Where the first search is not sure, the three other quarter turns are searched in the same way and the best
         is taken; only then come the slower ways to find a face, in the picture as it stands. What `hard` gives, if it
-        gives anything, is called before each of these searches, and may wait."""
+        gives anything, is called before each of these searches, and may wait. upright: the picture is known to be."""
         attempts = self._attempts(bgr)
         first = self._judged(bgr, next(attempts), LEAST_QUALITY)
-        if first.is_sure:
+        if first.is_sure or (upright and first.faces):
             return first
         with hard or nullcontext() as given:
             pause = given or (lambda: None)
             sights = [first]
-            for turns in (1, 2, 3):
+            for turns in () if upright else (1, 2, 3):
                 pause()
                 turned = np.ascontiguousarray(np.rot90(bgr, turns))
                 sights.append(replace(self._judged(turned, next(self._attempts(turned, 1.0))), turns=turns))

@@ -382,7 +382,7 @@ class FaceSnapPipeline(Components):
         Several references count as the mean of their directions. None: no face was found in `image`.
         """
         try:
-            face = self.face_analyser.analyse(open_image(image))
+            face = self.face_analyser.analyse(open_image(image), portrait=True)
         except InputError:
             return None
         own, *others = (self._score_embedding(f) for f in (face, *references))

@@ -47,6 +47,10 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+# With fewer steps their pictures are pale or have colours of their own (benchmarks/schedulers.py)
+FEWEST_STEPS = {"PNDMScheduler": 8, "KDPM2AncestralDiscreteScheduler": 6}
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One call, whole and within its limits.
@@ -104,12 +108,13 @@ class Request:
         check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
         check_number("end of guidance", speed.guidance_end, 0, 1)
         own_steps = next((given for name in ("timesteps", "sigmas") if (given := stock.get(name)) is not None), None)
+        steps = steps if own_steps is None else len(own_steps)
         prompts = _prompts(prompt, stock, settings.prompt)
         seeds, generator = _seeds(seed, len(prompts), stock)
         return cls(
             prompts=prompts,
             size=size,
-            steps=steps if own_steps is None else len(own_steps),
+            steps=steps,
             guidance=guidance,
             variant=variant_of(variant, settings),
             identity_scale=identity_scale,
@@ -117,7 +122,7 @@ class Request:
             ffrnet_scale=ffrnet_scale,
             speed=speed,
             seeds=seeds,
-            scheduler=_scheduler(scheduler, own_scheduler, generator),
+            scheduler=_scheduler(scheduler, own_scheduler, generator, steps),
             stock=stock | {"generator": generator},
         )
 
@@ -191,7 +196,7 @@ def _seeds(seed: int | None, prompts: int, stock: dict[str, Any]) -> tuple[tuple
     return seeds, [torch.Generator().manual_seed(s) for s in seeds]
 
 
-def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
+def _scheduler(name: str | None, own: Any, generator: Any, steps: int) -> Any:
     """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
     if name is None:
         made = copy.deepcopy(own)
@@ -200,6 +205,16 @@ def _scheduler(name: str | None, own: Any, generator: Any) -> Any:
         made = kind.from_config(own.config, **options)
     else:
         raise InputError(f"There is no sampler {name!r}; choose {', '.join(SCHEDULERS)}.")
+    if not hasattr(made.config, "beta_schedule"):  # EDM's, flow matching's: other noise than SDXL's models were taught
+        raise InputError(
+            f"{type(made).__name__} is for models that were trained with another kind of noise than SDXL's: take one "
+            "of the samplers by name, or another of diffusers' schedulers by from_config(pipe.scheduler.config)."
+        )
+    if steps < (fewest := FEWEST_STEPS.get(type(made).__name__, 1)):
+        raise InputError(
+            f"{type(made).__name__} makes good pictures from {fewest} steps on, and {steps} are asked for: choose more "
+            "steps or another scheduler."
+        )
     if getattr(made.config, "clip_sample", False):  # at ±1, as pictures are; latents go beyond, and would turn gray
         made.register_to_config(clip_sample=False)
     if isinstance(made, DPMSolverSDEScheduler):  # draws its noise from a seed of its own, by default a random one

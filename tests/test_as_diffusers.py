@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import save_file
 from tiny import photo, tiny_pipeline
 
@@ -47,11 +55,26 @@ def test_no_scheduler_that_fits_clips(pipe):
         ("identity_scale", "landmark_scale", "ffrnet_scale"), 1.0
     )
     arguments |= {"settings": pipe.settings, "prompt": "a photo", "size": (64, 64), "stock": {}}
-    own = [kind() for kind in pipe.scheduler.compatibles]
+    arguments["num_inference_steps"] = 8
+    own = [kind() for kind in pipe.scheduler.compatibles if kind is not EDMEulerScheduler]
     for scheduler, name in [(made, None) for made in own] + [(pipe.scheduler, name) for name in SCHEDULERS]:
         request = Request.of(**arguments | {"own_scheduler": scheduler, "scheduler": name})
         assert not getattr(request.scheduler.config, "clip_sample", False), scheduler
     assert request.speed == Speed()
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_schedulers_of_another_kind_of_noise_are_refused(pipe, kind):
+    with pytest.raises(InputError, match=f"{kind.__name__} is for models that were trained with another kind of noise"):
+        portrait(FaceSnapPipeline.from_pipe(pipe, scheduler=kind()))
+
+
+@pytest.mark.parametrize(("kind", "fewest"), [(PNDMScheduler, 8), (KDPM2AncestralDiscreteScheduler, 6)])
+def test_schedulers_that_need_more_steps_say_so(pipe, kind, fewest):
+    ours = FaceSnapPipeline.from_pipe(pipe, scheduler=kind.from_config(pipe.scheduler.config))
+    with pytest.raises(InputError, match=f"{kind.__name__} makes good pictures from {fewest} steps on, and 4 are"):
+        portrait(ours, num_inference_steps=4)
+    assert portrait(ours, num_inference_steps=fewest).steps == fewest
 
 
 def test_steps_are_those_that_were_made(pipe):

@@ -124,6 +124,16 @@ def test_a_picture_that_lies_or_stands_on_its_head_is_read_upright(shown, turns)
     assert np.allclose(face.embedding, upright.embedding)
 
 
+def test_a_portrait_is_read_as_it_stands_and_for_another_recogniser(shown):
+    analyser, image, upright = shown
+    face = analyser.analyse(image, portrait=True)
+    for name in ("box", "keypoints", "landmarks", "crop"):
+        assert np.array_equal(getattr(face, name), getattr(upright, name))
+    assert not face.embedding.any()
+    with pytest.raises(InputError):
+        analyser.analyse(np.ascontiguousarray(np.rot90(image, 2)), portrait=True)
+
+
 def test_a_tilted_picture_is_read_upright(shown):
     analyser, image, upright = shown
     tilted = cv2.warpAffine(image, cv2.getRotationMatrix2D((128, 128), 35, 1.0), (256, 256), borderValue=(90, 90, 90))

@@ -20,6 +20,19 @@ IN_VIEW = """(query) => { const {top, bottom, height} = document.querySelector(q
   return Math.min(bottom, innerHeight) - Math.max(top, 0) >= Math.min(height, 200) - 2; }"""
 
 
+# With the head's sliders unfolded beneath it; whatever is seen through the bar, at its edges or in it
+THROUGH = """() => {
+  document.querySelector("#turn").scrollIntoView({block: "end"});
+  scrollBy(0, 0.5 * document.querySelector("#bar").offsetHeight);
+  const {left, top, right, bottom} = document.querySelector("#bar").getBoundingClientRect(), found = [];
+  for (let x = left + 8; x < right - 8; x += 10) for (let y = top + 8; y < Math.min(bottom, innerHeight) - 4; y += 6) {
+    const seen = document.elementFromPoint(x, y);
+    if (!seen.closest("#bar")) found.push(`${innerWidth}: ${seen.tagName} ${seen.className} through the bar`);
+  }
+  return [...new Set(found)];
+}"""
+
+
 WIDTHS = {320: 568, 360: 740, 390: 844, 768: 1024, 1024: 768, 1366: 768, 1920: 1080}
 
 
@@ -36,7 +49,7 @@ def test_every_width_shows_all_and_what_becomes_of_the_button(visit, page, files
     for width, height in WIDTHS.items():
         tab.set_viewport_size({"width": width, "height": height})
         tab.wait_for_timeout(200)
-        found += tab.evaluate(BEYOND)
+        found += tab.evaluate(BEYOND) + tab.evaluate(THROUGH)
         tab.locator("#generate").scroll_into_view_if_needed()
         made(tab, page, steps=2)
         for query in ("#status", "#pictures img"):

@@ -150,7 +150,7 @@ class TinyAnalyser:
     def __init__(self, head_model: LinearHeadModel):
         self.head_model = head_model
 
-    def analyse(self, image: np.ndarray, *, hard=None) -> Face:
+    def analyse(self, image: np.ndarray, *, hard=None, portrait=False) -> Face:
         if image.shape[0] >= 96 and not image.any():
             with hard or nullcontext():
                 pass

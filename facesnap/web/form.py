@@ -141,13 +141,13 @@ class Form:
                 self._expression_sliders()
 
     def _expression_sliders(self) -> None:
+        if self.expressions:
+            gr.HTML(views.notes(["Added to the expression; below 0 takes away from it."]))
         for first in range(0, len(self.expressions), 2):
             with gr.Row():
                 for name in self.expressions[first : first + 2]:
                     label = name.replace("_", " ").capitalize()
-                    self.inputs[f"expressions.{name}"] = gr.Slider(
-                        -1, 1, value=0, step=0.05, label=label, info="added; below 0 less of it", **ROW
-                    )
+                    self.inputs[f"expressions.{name}"] = gr.Slider(-1, 1, value=0, step=0.05, label=label, **ROW)
 
     def _prompt_card(self) -> None:
         inputs, settings = self.inputs, self.settings

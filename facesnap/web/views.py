@@ -44,13 +44,13 @@ APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
 def foot(licence: str, code: str | None = None) -> str:
     """Tips, what is done with the photos, on what terms the weights are, and links; code: the address of the code."""
     links = [("The paper", PAPER), ("Code", code), ("Licence of the code: Apache-2.0", APACHE)]
-    listed = " · ".join(f'<a href="{html.escape(url)}" rel="noopener">{text}</a>' for text, url in links if url)
+    listed = "".join(f'<li><a href="{html.escape(url)}" rel="noopener">{text}</a></li>' for text, url in links if url)
     return f"""<footer class="fs-foot">
 <p>Of a pose’s photo only the head’s place, turn and expression are taken, never who it is. A higher guidance gives
 the prompt more weight, a higher identity strength the photos.</p>
 <p>Every portrait is marked as generated, in its file. Uploads are deleted within the hour and used for nothing else.
 Portray only people who agree to it, and say that a picture is generated when you show it.</p>
-<p>Licence of the weights: {html.escape(licence)}. {listed}</p></footer>"""
+<p>Licence of the weights: {html.escape(licence)}.</p><ul>{listed}</ul></footer>"""
 
 
 def more(title: str, text: str) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 import httpx
 from gradio_client import handle_file
 
+from facesnap.web.request import PortraitRequest
+
 
 def order(files, **changes) -> dict:
     """Arguments of a call; every name that holds a photo is given as its path."""
@@ -50,3 +52,7 @@ def sentence_of(answer: str) -> str:
     said = json.loads(answer if door else answer.partition("data: ")[2])["detail" if door else "error"]
     assert isinstance(said, str) and "Something went wrong" not in said and "Traceback" not in said, answer
     return said
+
+
+def studio_order(files, **changes) -> PortraitRequest:
+    return PortraitRequest(**{"reference": files.ann, "consent": True, "steps": 3, "seed": 1} | changes)

@@ -10,7 +10,7 @@ import pytest
 # bfloat16 convolutions.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest_plugins = ["served", "tiny_people"]  # the fixtures of the page and of the mini
+pytest_plugins = ["served", "tiny_people", "tiny_hub", "tiny_runs", "converted_heads", "shard_batches"]
 
 
 @pytest.fixture(scope="session")

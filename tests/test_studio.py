@@ -1,4 +1,4 @@
-"""What stands behind the page: requests, the line, the studio, the safety checker, the marks."""
+"""The studio: photographs read, portraits made on a GPU that may be borrowed, errors as sentences."""
 
 import pickle
 import threading
@@ -10,112 +10,14 @@ from types import SimpleNamespace
 import gradio as gr
 import numpy as np
 import pytest
-from PIL import Image
-from served import wait_for
+from calls import studio_order
 
 from facesnap.errors import InputError
-from facesnap.web import safety, server
 from facesnap.web.denoise import Step, gpu_seconds
 from facesnap.web.door import for_visitors, visitor_of
-from facesnap.web.line import Busy, Line, Listeners, Visitor
 from facesnap.web.request import SPECS, STYLES, PortraitRequest, frame
-from facesnap.web.studio import MARK_METHOD, Look, Portrait, Studio, Waiting, marked
+from facesnap.web.studio import Look, Portrait, Studio, Waiting
 from facesnap.web.words import likeness, sentence, unknown_words
-
-# The line -------------------------------------------------------------------------------------------------
-
-
-def test_the_line_is_fair_and_full_in_time():
-    line = Line(most=1)
-    with line.turn() as first:
-        assert first(0) == 0
-        with line.turn() as second:
-            assert second(0) == 1
-            with pytest.raises(Busy, match="The queue is full"), line.turn():
-                pass
-            with line.turn(again=True) as third:  # who is in the middle of an order is never sent away
-                assert third(0) == 2
-    with line.turn() as next_one:
-        assert next_one(0) == 0
-
-
-def test_who_used_the_line_least_goes_first(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("facesnap.web.line.time.monotonic", lambda: now[0])
-    line, greedy, other = Line(), Visitor("1.1.1.1", "a"), Visitor("2.2.2.2", "b")
-    served = line.turn(greedy)
-    assert served.__enter__()(0) == 0
-    now[0] += 5
-    with line.turn(greedy) as again, line.turn(other) as first:
-        served.__exit__(None, None, None)
-        assert again(0) == 1 and first(0) == 0 and again(0) == 1
-    with line.turn(greedy) as later:
-        assert later(0) == 0
-
-
-def test_places_are_few_for_each_session_and_each_address():
-    line = Line(most=12, each_session=1, each_address=2)
-    with line.turn(Visitor("1.1.1.1", "a")), line.turn(Visitor("1.1.1.1", "b")), line.turn(Visitor("2.2.2.2", "c")):
-        for visitor, said in ((Visitor("2.2.2.2", "c"), "You have 1"), (Visitor("1.1.1.1", "d"), "Your address has 2")):
-            with pytest.raises(Busy, match=said), line.turn(visitor):
-                pass
-
-
-def test_nobody_waits_for_what_nobody_listens_to():
-    listeners = Listeners()
-    with pytest.raises(InputError, match="Nobody listens"):
-        listeners.await_one("gone", 0.01)
-    with listeners.stream("here"):
-        listeners.await_one("here", 0.01)
-    late = threading.Thread(target=listeners.await_one, args=("late", 30))
-    late.start()
-    with listeners.stream("late"):
-        late.join(10)
-    assert not late.is_alive()
-
-
-def test_an_address_that_only_asks_is_refused_before_anything_is_done(monkeypatch):
-    monkeypatch.setattr("facesnap.web.line.MOST_ASKED", 2)
-    listeners = Listeners()
-    for _ in range(5):  # who listens may ask as often as it likes
-        listeners.ask(None, "1.1.1.1")
-        with listeners.stream("call", "1.1.1.1"):
-            pass
-    for _ in range(2):
-        listeners.ask(None, "6.6.6.6")
-    with pytest.raises(Busy, match="faster than it listens"):
-        listeners.ask(None, "6.6.6.6")
-    listeners.ask(None, "1.1.1.1")
-    with listeners.stream("page", "6.6.6.6"):
-        listeners.ask("page", "6.6.6.6")
-
-
-def test_the_oldest_unheard_request_makes_room(monkeypatch):
-    monkeypatch.setattr("facesnap.web.line.MOST_UNHEARD", 2)
-    listeners, dropped = Listeners(), []
-
-    def ask(session):
-        try:
-            listeners.await_one(session, 30)
-        except InputError:
-            dropped.append(session)
-
-    threads = [threading.Thread(target=ask, args=(session,)) for session in "abc"]
-    for number, thread in enumerate(threads):
-        thread.start()
-        wait_for(lambda number=number: len(listeners._unheard) + len(dropped) == number + 1)
-    threads[0].join(10)
-    assert dropped == ["a"]
-    with listeners.stream("b"), listeners.stream("c"):
-        for thread in threads[1:]:
-            thread.join(10)
-
-
-# The studio -----------------------------------------------------------------------------------------------
-
-
-def studio_order(files, **changes) -> PortraitRequest:
-    return PortraitRequest(**{"reference": files.ann, "consent": True, "steps": 3, "seed": 1} | changes)
 
 
 def test_closing_the_generator_ends_the_worker_within_one_step_and_leaves_the_pipeline_clean(pipe, files):
@@ -345,86 +247,3 @@ def test_styles_put_words_around_the_prompt(files):
 @pytest.mark.parametrize(("aspect", "wanted"), [("1:1", (1024, 1024)), ("3:4", (896, 1152)), ("3:2", (1280, 832))])
 def test_aspects_keep_the_area(aspect, wanted):
     assert frame(aspect, 1024, 64) == wanted
-
-
-# Safety and marks -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """Folders of a real, tiny image classifier that finds everything, or nothing, unsafe."""
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    def build(unsafe: float, labels=("normal", "nsfw")) -> Path:
-        config = ViTConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32,
-            patch_size=16, id2label=dict(enumerate(labels)), label2id={label: k for k, label in enumerate(labels)},
-        )  # fmt: skip
-        model = ViTForImageClassification(config)
-        with torch.no_grad():
-            model.classifier.weight.zero_()
-            model.classifier.bias.copy_(torch.tensor([0.0, unsafe]))
-        folder = tmp_path_factory.mktemp("classifier")
-        model.save_pretrained(folder)
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-        return folder
-
-    return build
-
-
-def test_the_safety_checker_holds_pictures_back(classifier, pipe, files):
-    picture = Image.new("RGB", (64, 64), "grey")
-    safety.load(classifier(-9.0))(picture)
-    for unsafe in (9.0, float("nan")):
-        with pytest.raises(InputError, match="held this portrait back"):
-            safety.load(classifier(unsafe))(picture)
-    with pytest.raises(InputError, match="held this portrait back"):
-        list(Studio(pipe, allowed=safety.load(classifier(9.0))).make(studio_order(files)))
-    with pytest.raises(InputError, match="no label 'nsfw'"):
-        safety.load(classifier(0.0, labels=("cat", "dog")))
-
-
-@pytest.mark.parametrize(
-    ("environment", "is_mini", "on"),
-    [
-        ({}, False, False),
-        ({}, True, False),
-        ({"SPACE_ID": "me/space"}, True, False),
-        ({"SPACE_ID": "me/space"}, False, True),
-        ({"GRADIO_SERVER_NAME": "0.0.0.0"}, False, True),
-        ({"GRADIO_SHARE": "True"}, False, True),
-        ({"GRADIO_ROOT_PATH": "/facesnap"}, False, True),
-        ({"GRADIO_SERVER_NAME": "0.0.0.0", "FACESNAP_SAFETY": "off"}, False, False),
-        ({"FACESNAP_SAFETY": "on"}, True, True),
-    ],
-)
-def test_the_safety_checker_is_on_in_public_and_fails_closed(monkeypatch, tmp_path, environment, is_mini, on):
-    for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE", "GRADIO_ROOT_PATH", "FACESNAP_SAFETY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(safety, "MODEL", str(tmp_path))  # a folder without a model: it cannot be loaded
-    if not on:
-        safety.checker(is_mini=is_mini)(Image.new("RGB", (8, 8)))
-    else:
-        with pytest.raises(InputError, match="nothing is served in public"):
-            safety.checker(is_mini=is_mini)
-
-
-def watermark(picture) -> bytes:
-    from imwatermark import WatermarkDecoder
-
-    return WatermarkDecoder("bytes", 64).decode(np.ascontiguousarray(np.asarray(picture)[..., ::-1]), MARK_METHOD)
-
-
-def test_the_invisible_watermark_can_be_read_back():
-    pytest.importorskip("imwatermark", reason="invisible-watermark is not installed, and is optional")
-    photos = [Image.open(path).convert("RGB") for path in sorted((server.ASSETS / "examples").glob("*.png"))]
-    plain = Image.new("RGB", (256, 256), "#2050f0")  # smooth and strongly coloured, where marks are lost
-    for picture in (*photos, photos[0].resize((512, 640)), plain):
-        after = marked(picture)
-        assert watermark(after) == b"FaceSnap"
-        change = np.abs(after.astype(int) - np.asarray(picture))
-        assert 0 < change.mean() < 3 and change.max() < 60
-    assert np.array_equal(marked(picture.resize((64, 64))), picture.resize((64, 64)))  # too small to hold it

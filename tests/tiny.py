@@ -10,6 +10,7 @@ import numpy as np
 import simulated_heads
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -129,6 +130,21 @@ def tiny_ffrnet(unet: UNet2DConditionModel, *, zero: bool = False, vae_scale_fac
         for conv in (picture.conv_in, *picture.blocks):  # else little of the drawing would come through
             torch.nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return ffrnet
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """Random weights whose every layer matters: norms and slopes that are not the initial ones."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, 0.1, 0.4)
+    return net.eval()
 
 
 def photo(person: int, number: int = 0, size: int = 96) -> np.ndarray:

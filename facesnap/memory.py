@@ -68,12 +68,13 @@ def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | 
     elif chosen == "balanced":
         pipe.enable_model_cpu_offload(device=target)
     else:
-        _lower(pipe, target, offload=target.type != "cpu")
+        lower(pipe, target, offload=target.type != "cpu")
     pipe.memory = chosen
     return chosen
 
 
-def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
+def lower(pipe: Any, device: torch.device, offload: bool) -> None:
+    """Bring a pipeline to a device in mode "low"; offload: what runs once a picture stays in the machine's memory."""
     for name, module in _modules(pipe).items():
         if name in pipe.every_step:
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=module.dtype)
@@ -81,7 +82,7 @@ def _lower(pipe: Any, device: torch.device, offload: bool) -> None:
         elif offload:
             # Without CUDA streams: these keep copies of the weights, which a VAE that is upcast to decode outruns
             apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
-    _tile(pipe.vae)
+    tile(pipe.vae)
 
 
 def offload_to_disk(pipe: Any, folder: Path, exclude: Sequence[str] = (), **options: Any) -> None:
@@ -102,7 +103,7 @@ def offload_to_disk(pipe: Any, folder: Path, exclude: Sequence[str] = (), **opti
             apply_group_offloading(module, offload_to_disk_path=str(folder / name), **options)
 
 
-def _tile(vae: Any) -> None:
+def tile(vae: Any) -> None:
     """Tiles of at most `TILE` pixels; diffusers' own are as large as the pictures that the VAE was made for."""
     vae.enable_tiling()
     vae.tile_sample_min_size = min(TILE, vae.tile_sample_min_size)

@@ -188,7 +188,7 @@ def test_folders_links_and_foreign_files_are_no_photos_and_deletion_goes_on(page
             sent = body | {"fn_index": number, "data": body["data"] * max(1, len(event.inputs))}
             HTTP.post(f"{page.url}gradio_api/queue/join", json=sent)
     link.unlink()
-    uploads.sweep(uploads.folder(), -1, frozenset(uploads._page_files))
+    uploads.sweep(uploads.folder(), -1, frozenset(uploads.page_files))
     assert not path.exists()
 
 

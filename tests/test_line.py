@@ -6,7 +6,7 @@ import pytest
 from served import wait_for
 
 from facesnap.errors import InputError
-from facesnap.web.line import Busy, Line, Listeners, Visitor
+from facesnap.web.line import PATIENCE, Busy, Line, Listeners, Visitor
 
 
 def test_the_line_is_fair_and_full_in_time():
@@ -59,6 +59,8 @@ def test_nobody_waits_for_what_nobody_listens_to():
 
 
 def test_an_address_that_only_asks_is_refused_before_anything_is_done(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("facesnap.web.line.time.monotonic", lambda: now[0])
     monkeypatch.setattr("facesnap.web.line.MOST_ASKED", 2)
     listeners = Listeners()
     for _ in range(5):  # who listens may ask as often as it likes
@@ -72,6 +74,11 @@ def test_an_address_that_only_asks_is_refused_before_anything_is_done(monkeypatc
     listeners.ask(None, "1.1.1.1")
     with listeners.stream("page", "6.6.6.6"):
         listeners.ask("page", "6.6.6.6")
+    listeners.ask(None, "6.6.6.6")
+    with pytest.raises(Busy):
+        listeners.ask(None, "6.6.6.6")
+    now[0] += PATIENCE  # it may ask again
+    listeners.ask(None, "6.6.6.6")
 
 
 def test_the_oldest_unheard_request_makes_room(monkeypatch):
@@ -87,7 +94,7 @@ def test_the_oldest_unheard_request_makes_room(monkeypatch):
     threads = [threading.Thread(target=ask, args=(session,)) for session in "abc"]
     for number, thread in enumerate(threads):
         thread.start()
-        wait_for(lambda number=number: len(listeners._unheard) + len(dropped) == number + 1)
+        wait_for(lambda number=number: len(listeners.unheard) + len(dropped) == number + 1)
     threads[0].join(10)
     assert dropped == ["a"]
     with listeners.stream("b"), listeners.stream("c"):

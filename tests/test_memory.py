@@ -62,7 +62,7 @@ def test_low_decodes_1024_pixels_in_less_than_a_gigabyte():
                 assert vae.decode(torch.zeros(1, 4, 128, 128)).sample.shape == (1, 3, 1024, 1024)
         return live.peak
 
-    whole, tiled = peak(lambda vae: None), peak(memory._tile)
+    whole, tiled = peak(lambda vae: None), peak(memory.tile)
     assert whole > 3.2e9 and tiled < 0.83e9
     assert peak(lambda vae: vae.enable_tiling()) == whole  # diffusers' own tiles are as large as the picture
 
@@ -70,7 +70,7 @@ def test_low_decodes_1024_pixels_in_less_than_a_gigabyte():
 def test_layers_that_come_and_go_change_nothing(low_pipe):
     """What "low" does on a GPU and not here: the once-a-picture parts lie elsewhere, layer by layer."""
     pipe = tiny_pipeline()
-    memory._lower(pipe, CPU, offload=True)
+    memory.lower(pipe, CPU, offload=True)
     hooked = [m for m in pipe.text_encoder.modules() if hasattr(m, "_diffusers_hook")]
     assert hooked and pipe._execution_device == CPU
     assert np.array_equal(portrait(pipe), portrait(low_pipe))
@@ -82,7 +82,7 @@ def test_vae_that_must_be_upcast_can_still_come_and_go():
     for offload in (False, True):
         pipe = tiny_pipeline()
         pipe.vae.to(torch.float16).register_to_config(force_upcast=True)
-        memory._lower(pipe, CPU, offload=offload)
+        memory.lower(pipe, CPU, offload=offload)
         pictures.append(portrait(pipe))
         assert pipe.vae.dtype == torch.float16
     assert np.array_equal(*pictures)

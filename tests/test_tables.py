@@ -62,7 +62,7 @@ def test_the_projects_own_page_has_the_marks_of_both():
 
 
 def test_another_number_of_samples_is_refused(tmp_path):
-    tables._same(tmp_path / "tables.json", {"samples": 10, "people": 2})
-    tables._same(tmp_path / "tables.json", {"samples": 10, "people": 2})
+    tables.begun_with(tmp_path / "tables.json", {"samples": 10, "people": 2})
+    tables.begun_with(tmp_path / "tables.json", {"samples": 10, "people": 2})
     with pytest.raises(InputError, match="begun with other samples"):
-        tables._same(tmp_path / "tables.json", {"samples": 20, "people": 2})
+        tables.begun_with(tmp_path / "tables.json", {"samples": 20, "people": 2})

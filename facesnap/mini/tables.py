@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     if state.is_main_process:
         plan.run(parse(["plan", "--out", str(out / "plan"), *common]))
         settings = {name: getattr(arguments, name) for name in ("samples", "people", "poses", "draw")}
-        _same(out / "tables.json", settings | {"processes": state.num_processes})
+        begun_with(out / "tables.json", settings | {"processes": state.num_processes})
     state.wait_for_everyone()
     folders = []
     for seed in arguments.seeds:
@@ -238,7 +238,8 @@ def run(arguments: argparse.Namespace) -> str | None:
     return told
 
 
-def _same(path: Path, settings: dict[str, Any]) -> None:
+def begun_with(path: Path, settings: dict[str, Any]) -> None:
+    """Note the settings of what is begun; InputError where it was begun with others."""
     if path.exists() and (known := json.loads(path.read_text())) != settings:
         differing = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
         raise InputError(f"'{path.parent.name}' was begun with other {', '.join(differing)}: give another --out.")

@@ -50,7 +50,7 @@ class Line:
         self.slots, self.most = slots, most
         self._each = {"session": each_session, "address": each_address}
         self._waiting: list[_Ticket] = []
-        self._served: dict[_Ticket, float] = {}  # and when it began
+        self.served: dict[_Ticket, float] = {}  # and when it began
         self._used: dict[str, tuple[float, float]] = {}  # address or session → seconds, and when that was true
         self._count = 0
         self._moved = threading.Condition()
@@ -85,11 +85,11 @@ class Line:
         """Returns when nobody is in the line, or after so many seconds."""
         end = time.monotonic() + patience
         with self._moved:
-            while (self._waiting or self._served) and (left := end - time.monotonic()) > 0:
+            while (self._waiting or self.served) and (left := end - time.monotonic()) > 0:
                 self._moved.wait(left)
 
     def _refuse_too_many(self, visitor: Visitor) -> None:
-        inside = [*self._waiting, *self._served]
+        inside = [*self._waiting, *self.served]
         if len(self._waiting) >= self.most:
             raise Busy(f"The queue is full, {self.most} visitors are waiting: please try again in a minute.")
         for name, most in self._each.items():
@@ -104,14 +104,14 @@ class Line:
                 self._moved.wait(patience)
             if self._admitted(ticket):
                 return 0
-            return max(1, len(self._served) + self._order().index(ticket) + 1 - self.slots)
+            return max(1, len(self.served) + self._order().index(ticket) + 1 - self.slots)
 
     def _admitted(self, ticket: _Ticket) -> bool:
-        if ticket not in self._served and len(self._served) < self.slots and self._order()[0] is ticket:
+        if ticket not in self.served and len(self.served) < self.slots and self._order()[0] is ticket:
             self._waiting.remove(ticket)
-            self._served[ticket] = time.monotonic()
+            self.served[ticket] = time.monotonic()
             self._moved.notify_all()
-        return ticket in self._served
+        return ticket in self.served
 
     def _order(self) -> list[_Ticket]:
         def key(ticket: _Ticket) -> tuple[float, float, int]:
@@ -126,7 +126,7 @@ class Line:
         return round(seconds * 0.5 ** ((time.monotonic() - then) / MEMORY), 1)
 
     def _leave(self, ticket: _Ticket) -> None:
-        if (began := self._served.pop(ticket, None)) is None:
+        if (began := self.served.pop(ticket, None)) is None:
             self._waiting.remove(ticket)
             return
         now = time.monotonic()
@@ -140,7 +140,7 @@ class Listeners:
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
-        self._unheard: list[object] = []
+        self.unheard: list[object] = []
         self._asked: dict[str, list[float]] = {}  # address → when it asked for what it has not listened to
         self._changed = threading.Condition()
 
@@ -179,15 +179,15 @@ class Listeners:
         or where so many others came to be unheard in the meantime that the oldest must go."""
         one, end = object(), time.monotonic() + (PATIENCE if patience is None else patience)
         with self._changed:
-            self._unheard.append(one)
-            del self._unheard[:-MOST_UNHEARD]
+            self.unheard.append(one)
+            del self.unheard[:-MOST_UNHEARD]
             self._changed.notify_all()
             try:
                 while session not in self._open:
                     left = end - time.monotonic()
-                    if left <= 0 or one not in self._unheard:
+                    if left <= 0 or one not in self.unheard:
                         raise InputError(NOBODY)
                     self._changed.wait(left)
             finally:
-                if one in self._unheard:
-                    self._unheard.remove(one)
+                if one in self.unheard:
+                    self.unheard.remove(one)

@@ -165,28 +165,28 @@ def sweep(place: Path, seconds: float, kept: frozenset[Path]) -> None:
                 log.warning("a visitor's file cannot be deleted (%s)", type(error).__name__)
 
 
-_page_files: set[Path] = set()  # pictures of the pages themselves, examples and the like
+page_files: set[Path] = set()  # pictures of the pages themselves, examples and the like
 
 
 def keeping_clean() -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """A lifespan of the server: sweeps while it runs and when it ends. What lies in the folder now, when the page is
     built and nobody has come, is the page's own."""
     place = folder()
-    _page_files.update(path for path in place.rglob("*") if path.is_file())
+    page_files.update(path for path in place.rglob("*") if path.is_file())
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         async def regularly() -> None:
             while True:
                 await asyncio.sleep(EVERY)
-                await asyncio.to_thread(sweep, place, OLDEST, frozenset(_page_files))
+                await asyncio.to_thread(sweep, place, OLDEST, frozenset(page_files))
 
         task = asyncio.create_task(regularly())
         try:
             yield
         finally:
             task.cancel()
-            sweep(place, 0, frozenset(_page_files))
+            sweep(place, 0, frozenset(page_files))
 
     return lifespan
 

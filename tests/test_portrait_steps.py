@@ -145,6 +145,10 @@ def test_the_lightning_branch_is_a_unet_or_a_lora_of_the_base(start, tmp_path):
     save_file(other.state_dict(), tmp_path / "whole.safetensors")
     read = train.load_lightning(str(tmp_path / "whole.safetensors"), pipe, torch.bfloat16, 4)
     assert {v.dtype for v in read.state_dict().values()} == {torch.bfloat16}
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(other.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):  # a pickle is never read
+        train.load_lightning(str(tmp_path / "unet"), pipe, torch.float32, 4)
     with pytest.raises(ValueError, match="no lightning UNet or LoRA"):
         train.load_lightning(str(tmp_path / "nothing"), pipe, torch.float32, 4)
     tiny.tiny_unet(in_channels=4).save_pretrained(tmp_path / "foreign")

@@ -16,12 +16,14 @@ import torch
 import toy_pack
 from PIL import Image
 from prepared_shards import report_of, samples_of
+from safetensors.torch import load_file
 
 from facesnap.errors import InputError
 from facesnap.synthetic.shards import write_shard
 from facesnap.training.prepare import __main__ as prepare
 from facesnap.training.prepare.engines import Here
 from facesnap.training.prepare.engines import run as run_tasks
+from facesnap.training.prepare.headmask import FaceParser
 from facesnap.training.prepare.looks import Captioner
 from facesnap.training.prepare.options import MINI_PARTS, Options
 from facesnap.training.prepare.parts import PartJob, find
@@ -272,6 +274,14 @@ def test_a_face_parser_draws_the_mask(pack, photos, tmp_path):
     cloth = tiny_segformer(tmp_path / "cloth", "cloth")
     with pytest.raises(SystemExit, match="1 no mask"):
         run(photos, tmp_path / "2", pack, "--parser", cloth)
+
+
+def test_a_face_parser_that_is_a_pickle_is_never_read(tmp_path):
+    place = tiny_segformer(tmp_path / "hair", "hair")
+    torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        FaceParser(str(place))
 
 
 def test_a_model_that_knows_no_hair_is_refused(pack, photos, tmp_path):

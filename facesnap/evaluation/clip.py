@@ -29,7 +29,7 @@ class Clip:
         with reading(f"The CLIP '{self.name}'", "give a folder, or a Hub id such as openai/clip-vit-large-patch14"):
             if (kind := AutoConfig.from_pretrained(place, **options).model_type) != "clip":
                 raise ValueError(kind)
-            model, told = CLIPModel.from_pretrained(place, output_loading_info=True, **options)
+            model, told = CLIPModel.from_pretrained(place, output_loading_info=True, **options, use_safetensors=True)
             if told["missing_keys"]:  # transformers would fill the gaps with random numbers
                 raise ValueError("another architecture")
             self.model = model.to(device).eval()

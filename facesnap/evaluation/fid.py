@@ -61,7 +61,9 @@ class EncoderFeatures:
 
     def __init__(self, folder: Path, device: str = "cpu"):
         with reading(f"The face_encoder of '{folder.parent.name}'"):
-            self.net = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+            self.net = (
+                CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
+            )
         self.device, self.about = device, f"face_encoder of {folder.parent.name}, {fingerprint(folder)}"
 
     @torch.no_grad()

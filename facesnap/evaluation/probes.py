@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if not 60 <= arguments.people <= len(order):
         raise ValueError(f"--people {arguments.people}: choose 60 (fewer lack some colours) to {len(order)}")
     analyser, work = FaceAnalyser(model / "face_pack"), out.with_suffix(".work")
-    encoder = CLIPVisionModel.from_pretrained(model / "face_encoder", dtype=torch.float32)
+    encoder = CLIPVisionModel.from_pretrained(model / "face_encoder", dtype=torch.float32, use_safetensors=True)
     encoder = encoder.to(arguments.device).eval()
     saturation = read_settings(model).saturation
     features, labels, tested = [], [], []

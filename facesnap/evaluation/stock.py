@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> dict:
     defaults = read_settings(model)
     waiting = [n for n in range(len(drawn)) if ledger.get(f"picture {n}") is None]
     if waiting:
-        pipe = StableDiffusionXLPipeline.from_pretrained(model).to(arguments.device)  # no dtype: as a stranger would
+        pipe = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True).to(
+            arguments.device
+        )  # no dtype: as a stranger would
         pipe.set_progress_bar_config(disable=True)
         witness = Witness(model)
         for number in tqdm(waiting, desc="stock pictures", unit="picture"):

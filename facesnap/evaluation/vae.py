@@ -34,7 +34,11 @@ def run(arguments: argparse.Namespace) -> dict:
     witness = Witness(model)
     requests = protocol.requests(arguments.seed, arguments.people, arguments.poses)
     people = list(dict.fromkeys(request.person for request in requests))
-    vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(arguments.device).eval()
+    vae = (
+        AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32, use_safetensors=True)
+        .to(arguments.device)
+        .eval()
+    )
     for person in tqdm(people, desc="references", unit="person"):
         portraits.look_at_person(person, ledger, witness, work, size)
     for number, request in enumerate(tqdm(requests, desc="pictures", unit="picture")):

@@ -63,7 +63,7 @@ def adopt(run: Run, minutes: float) -> None:
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ADOPTED)).astype(int)]
     parts = load_parts(run.work / "start")
     adopt_faces(run, parts["mixer"], known, found, rows)
-    old = AutoencoderKL.from_pretrained(run.out / "vae").eval()
+    old = AutoencoderKL.from_pretrained(run.out / "vae", use_safetensors=True).eval()
     kept = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
     some = rows[:: max(1, len(rows) // 300)]  # of 256 places each
     before = feats.encoded(old, known.images[some])
@@ -76,7 +76,9 @@ def adopt(run: Run, minutes: float) -> None:
 def adopt_faces(run: Run, mixer: FacialAttributeMixer, known: People, found: feats.Features, rows: np.ndarray) -> None:
     old = Recogniser(run.out / "face_pack" / "recogniser.onnx")
     before = np.stack([old.embed(known.images[int(row)], five_points(found.points68[row])) for row in rows])
-    encoder = CLIPVisionModel.from_pretrained(run.out / "face_encoder", dtype=torch.float32).eval()
+    encoder = CLIPVisionModel.from_pretrained(
+        run.out / "face_encoder", dtype=torch.float32, use_safetensors=True
+    ).eval()
     some = rows[:: max(1, len(rows) // 600)]  # of some fifty states each
     states = clip.features_of(encoder, found.crops, some).flatten(0, 1).numpy()
     now = np.load(run.work / "features" / "clip.npy", mmap_mode="r")[some].astype(np.float32)
@@ -148,10 +150,10 @@ def assemble(run: Run, minutes: float) -> None:
         "diffusers": importlib.metadata.version("diffusers"),
     }
     pipe = make_pipe(
-        AutoencoderKL.from_pretrained(run.work / "vae"),
+        AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True),
         load_parts(last),
         about,
-        face_encoder=CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32),
+        face_encoder=CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True),
         face_analyser=FaceAnalyser(run.work / "face_pack"),
         head_model=LinearHeadModel.from_pretrained(run.work / "head"),
         scorer=Recogniser(scorer) if scorer.exists() else None,

@@ -100,7 +100,8 @@ def load_parts(folder: Path) -> dict[str, Any]:
     """In single precision, whatever the files hold."""
 
     def load(name: str, kind: Any) -> Any:
-        return kind.from_pretrained(folder / name, **({"dtype": torch.float32} if "text" in name else {}))
+        options = {"dtype": torch.float32} if "text" in name else {}
+        return kind.from_pretrained(folder / name, use_safetensors=True, **options)
 
     return {name: load(name, kind) for name, kind in PARTS.items()}
 

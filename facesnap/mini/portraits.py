@@ -79,11 +79,11 @@ def consistency(run: Run, minutes: float) -> None:
         run.work / f"looks-{hashlib.sha256(of_what).hexdigest()[:12]}.npy",
         lambda: embeddings_of(recogniser, augment.load(run.data), rows),
     )
-    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
+    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32, use_safetensors=True)
     stage = ConsistencyStage(encoder, parts["mixer"], known, rows, *clip.crops_of(known, rows), looks)
     trainer = _trainer(run, "consistency", stage, minutes, lr=1e-3)
     trainer.train()
-    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae"), parts)
+    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True), parts)
 
     def save(draft: Path) -> None:
         save_parts(pipe, draft)
@@ -124,7 +124,7 @@ def new_parts(run: Run) -> dict[str, Any]:
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(run.work / "tokenizer")
     text, _ = make_text_encoders(tokenizer)
-    text_2 = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip")
+    text_2 = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip", use_safetensors=True)
     token_dim = text.config.hidden_size + text_2.config.hidden_size
     pooled_dim = text_2.config.projection_dim
     latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
@@ -135,7 +135,7 @@ def new_parts(run: Run) -> dict[str, Any]:
         conditioning_embedding_out_channels=CONTROL_WIDTHS,
         load_weights_from_unet=False,
     )
-    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32)
+    vision = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32, use_safetensors=True)
     mixer = make_mixer(vision.config.hidden_size, token_dim, pooled_dim)
     return {"unet": unet, "text_encoder": text, "text_encoder_2": text_2, "tokenizer": tokenizer, "mixer": mixer,
             "ffrnet": ffrnet}  # fmt: skip
@@ -158,7 +158,7 @@ def portrait_stage(
     """
     place = run.work / "features"
     known, looks = load_people(run.data), _looks(place, "faces", "clip")
-    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae"), parts)
+    pipe = make_pipe(AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True), parts)
     pipe.settings = replace(pipe.settings, variant=variant)
     options: dict[str, Any] = {"device": run.device, "loss": JOINT if joint else LOSS}
     phi = None

@@ -117,7 +117,7 @@ def vae(run: Run, minutes: float) -> None:
     torch.manual_seed(0)
     features = FaceFeatures.from_folder(run.work)
     first = train_vae(run, "vae_run", make_vae(), 2 / 3 * minutes, lr=2e-3, features=features)
-    begun = AutoencoderKL.from_pretrained(first)
+    begun = AutoencoderKL.from_pretrained(first, use_safetensors=True)
     last = train_vae(run, "vae_critic_run", begun, minutes / 3, lr=1e-3, features=features, critic=PatchCritic())
     write_whole(run.work / "vae", lambda draft: shutil.copytree(last, draft))
 
@@ -144,10 +144,12 @@ def face_encoder(run: Run, minutes: float) -> None:
     _, text = make_text_encoders(tokenizer)
     encoder, place = clip.make_face_encoder(), run.work / "face_encoder"
     if place.is_dir():
-        shipped = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+        shipped = CLIPVisionModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
         encoder.vision_model.load_state_dict(shipped.state_dict())
     if (run.work / "text_encoder_2_clip").is_dir():
-        text = CLIPTextModelWithProjection.from_pretrained(run.work / "text_encoder_2_clip", dtype=torch.float32)
+        text = CLIPTextModelWithProjection.from_pretrained(
+            run.work / "text_encoder_2_clip", dtype=torch.float32, use_safetensors=True
+        )
     stage = clip.FaceEncoderStage(encoder, text, tokenizer, known, *clip.crops_of(known))
     trainer = Trainer(
         stage,
@@ -161,7 +163,7 @@ def face_encoder(run: Run, minutes: float) -> None:
         write_whole(place, lambda draft: clip.save_face_encoder(encoder.cpu(), draft))
         write_whole(run.work / "text_encoder_2_clip", text.cpu().save_pretrained)
     rows = np.arange(len(known))[:: max(1, len(known) // 3000)]
-    model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32)
+    model = CLIPVisionModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
     found = clip.probes(clip.features_of(model, stage.crops, rows), known, rows)
     (run.work / "probes.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
@@ -186,10 +188,12 @@ def features(run: Run, minutes: float) -> None:
     place.mkdir(parents=True, exist_ok=True)
     known = load_people(run.data)
     if not (place / "latents.npy").exists():
-        model = AutoencoderKL.from_pretrained(run.work / "vae").eval()
+        model = AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True).eval()
         save_array(place / "latents.npy", feats.latents_of(model, known, device=run.device))
     photos = np.flatnonzero(np.array(known.styles) == "photo")  # references are photos
-    encoder = CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32).eval()
+    encoder = CLIPVisionModel.from_pretrained(
+        run.work / "face_encoder", dtype=torch.float32, use_safetensors=True
+    ).eval()
     for name, clip_name, rows, look in (
         ("faces", "clip.npy", None, "rendered"),
         ("photographed", "clip_photographed.npy", photos, "photographed"),
@@ -219,7 +223,7 @@ def decoder(run: Run, minutes: float) -> None:
     place = run.work / "vae_critic_run" / "vae"
     place = place if place.is_dir() else run.work / "vae"  # of `unpack`
     for name, share, lr, crop, batch in (("crops", 0.8, 1e-3, 128, 8), ("whole", 0.2, 4e-4, SIZE, 2)):
-        model = AutoencoderKL.from_pretrained(place)
+        model = AutoencoderKL.from_pretrained(place, use_safetensors=True)
         place = train_vae(
             run, f"decoder_{name}_run", model, share * minutes, lr=lr, crop=crop, batch=batch, latents=latents
         )

@@ -110,11 +110,13 @@ def fresh(parts: dict[str, Any], mixer: str) -> dict[str, Any]:
 
 def write_model(run: Run, row: TableRow, place: Path, out: Path) -> None:
     """A FaceSnap folder of a training's parts; the rest is the work folder's."""
-    vae = AutoencoderKL.from_pretrained(run.work / "vae")
+    vae = AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True)
     pipe = make_pipe(
         vae,
         load_parts(place / "parts"),
-        face_encoder=CLIPVisionModel.from_pretrained(run.work / "face_encoder", dtype=torch.float32),
+        face_encoder=CLIPVisionModel.from_pretrained(
+            run.work / "face_encoder", dtype=torch.float32, use_safetensors=True
+        ),
         face_analyser=FaceAnalyser(run.work / "face_pack"),
         head_model=read_head(run.work / "head"),
         scorer=Recogniser(run.work / "scorer" / "recogniser.onnx"),

@@ -189,7 +189,7 @@ def load_lightning(name: str | None, pipe: FaceSnapPipeline, dtype: torch.dtype,
         return None
     path = fetched_lightning(steps) if name == LIGHTNING else Path(name)
     if path.is_dir():
-        unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype)
+        unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     elif path.is_file():
         with safe_open(path, "pt") as file:
             is_lora = any("lora" in key for key in file.keys())  # noqa: SIM118

@@ -370,7 +370,7 @@ def main() -> None:
 
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.start) if args.start else make_vae()
+    vae = AutoencoderKL.from_pretrained(args.start, use_safetensors=True) if args.start else make_vae()
     if vae.config.latent_channels != LATENT_CHANNELS and args.latents is None:
         vae = widened(vae, LATENT_CHANNELS)
     features = FaceFeatures.from_folder(args.features) if args.features else None

@@ -39,7 +39,7 @@ class FaceFeatures(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path) -> FaceFeatures:
         """By the recogniser and the face encoder of a checkpoint, or of a work folder, which has the same places."""
-        encoder = CLIPVisionModel.from_pretrained(folder / "face_encoder", dtype=torch.float32)
+        encoder = CLIPVisionModel.from_pretrained(folder / "face_encoder", dtype=torch.float32, use_safetensors=True)
         return cls(IResNet.from_onnx(folder / "face_pack" / "recogniser.onnx"), encoder)
 
     def forward(self, decoded: Tensor, images: Tensor, keypoints: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class FaceParser:
     def __init__(self, model: str, device: str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-        self.model = AutoModelForSemanticSegmentation.from_pretrained(model).to(device).eval()
+        self.model = AutoModelForSemanticSegmentation.from_pretrained(model, use_safetensors=True).to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")  # the other needs torchvision
         names = {int(i): str(n).lower().removesuffix(".png") for i, n in self.model.config.id2label.items()}
         self.labels = [i for i, name in names.items() if name in HEAD_LABELS]

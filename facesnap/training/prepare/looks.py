@@ -26,7 +26,11 @@ class Captioner:
         from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
         self.dtype = torch.float32 if device == "cpu" else torch.float16
-        self.model = Blip2ForConditionalGeneration.from_pretrained(model, dtype=self.dtype).to(device).eval()
+        self.model = (
+            Blip2ForConditionalGeneration.from_pretrained(model, dtype=self.dtype, use_safetensors=True)
+            .to(device)
+            .eval()
+        )
         self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")  # the other needs torchvision
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.batch_size = batch_size

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from tiny import photo
+from tiny import SIZE, photo
 
 from facesnap.pipeline import LAST_CALL
 
@@ -39,3 +39,11 @@ def state(pipe):
         ],
         "generator": torch.get_rng_state().sum().item(),
     }
+
+
+def plain(stock):
+    """The picture of a stock pipeline where `portrait` makes one with FaceSnap: the same prompt, steps and seed."""
+    stock.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(0)
+    how = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 2.0}
+    return pixels(stock("a photo", generator=seed, **how))

@@ -126,23 +126,56 @@ def make(pipe: FaceSnapPipeline, number: int, request: Request, work: Path, opti
 
 def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict:
     """All figures, from the ledger alone."""
-    numbers = range(len(requests))
-    portraits = [ledger.rows[f"portrait {n}"] for n in numbers]
-    truths = [ledger.rows[f"truth {n}"] for n in numbers]
+    portraits = [ledger.rows[f"portrait {n}"] for n in range(len(requests))]
+    truths = [ledger.rows[f"truth {n}"] for n in range(len(requests))]
     references = [ledger.rows[f"reference {p}"] for p in gallery]
     renders = [(p, ledger.rows[f"render {k} {p}"]) for p in gallery for k in range(RENDERS)]
     people = np.array([r.person for r in requests])
-    own = np.array([gallery.index(p) for p in people])
-    found = np.array([p["found"] for p in portraits])
+    everybody = np.array(gallery + [p for p, _ in renders])
+    seconds = [p["seconds"] for p in portraits if "seconds" in p]
+    return {
+        "portraits": len(requests),
+        **identity_figures(portraits, truths, references, people, gallery),
+        **landmark_figures(portraits, truths, people),
+        **sharpness_figures(portraits, truths, people),
+        **judges_figures(portraits, truths, references + [row for _, row in renders], everybody),
+        "seconds": float(np.median(seconds)) if seconds else None,
+        "seconds_slowest": float(np.max(seconds)) if seconds else None,
+        "peak_memory_gb": max(p["peak_memory_gb"] for p in portraits),
+    }
 
+
+def identity_figures(
+    portraits: list[dict], truths: list[dict], references: list[dict], people: np.ndarray, gallery: list[int]
+) -> dict:
+    """How like the references (one for each of `gallery`) the portraits of `people` (N,) are."""
+    own, rows = np.array([gallery.index(p) for p in people]), np.arange(len(people))
+    found = np.array([p["found"] for p in portraits])
     similarity = metrics.cosines(embeddings(portraits), embeddings(references))
     true_similarity = metrics.cosines(embeddings(truths), embeddings(references))
-    rows = np.arange(len(requests))
     generated, ceiling = similarity[rows, own], true_similarity[rows, own]
     others = np.ones_like(similarity, bool)
     others[rows, own] = False
     strangers = float(true_similarity[others].mean())
+    return {
+        "identity_retention": metrics.retention(generated, ceiling, strangers),
+        "identity_retention_95": metrics.interval(
+            lambda i: metrics.retention(generated[i], ceiling[i], strangers), people
+        ),
+        "cosine": {
+            "generated": float(generated.mean()),
+            "true_render": float(ceiling.mean()),
+            "strangers": strangers,
+            "generated_to_strangers": float(similarity[others].mean()),
+        },
+        "rank1": metrics.rank1(similarity, own, found),
+        "rank1_95": metrics.interval(lambda i: metrics.rank1(similarity[i], own[i], found[i]), people),
+        "rank1_true_render": metrics.rank1(true_similarity, own, np.array([t["found"] for t in truths])),
+    }
 
+
+def landmark_figures(portraits: list[dict], truths: list[dict], people: np.ndarray) -> dict:
+    """How far the portraits' landmarks are from those asked for, and what the net and the predictor share in it."""
     eyes = [t["eye_distance"] for t in truths]
     errors = np.array([landmark_error(p, p.get("asked"), e) for p, e in zip(portraits, eyes, strict=True)])
     net_errors = [landmark_error(t, t["exact"], t["eye_distance"]) for t in truths]
@@ -151,57 +184,44 @@ def summary(ledger: Ledger, requests: list[Request], gallery: list[int]) -> dict
         for p, t in zip(portraits, truths, strict=True)
         if "asked" in p
     ]
-    wanted = [t["wanted"] for t in truths]
-    seconds = [p["seconds"] for p in portraits if "seconds" in p]
-    all_people = np.array([p for p in gallery] + [p for p, _ in renders])
-    all_rows = references + [row for _, row in renders]
-    photos = np.array([row["style"] == "photo" for row in all_rows])
-    all_embeddings = embeddings(all_rows)
-
-    sharp = sharpness_ratios(portraits, truths)
-    seen_sharp = np.flatnonzero(~np.isnan(sharp))
-
-    def within(statistic):
-        return metrics.interval(statistic, people)
-
     return {
-        "portraits": len(requests),
-        "identity_retention": metrics.retention(generated, ceiling, strangers),
-        "identity_retention_95": within(lambda i: metrics.retention(generated[i], ceiling[i], strangers)),
-        "cosine": {
-            "generated": float(generated.mean()),
-            "true_render": float(ceiling.mean()),
-            "strangers": strangers,
-            "generated_to_strangers": float(similarity[others].mean()),
-        },
-        "rank1": metrics.rank1(similarity, own, found),
-        "rank1_95": within(lambda i: metrics.rank1(similarity[i], own[i], found[i])),
-        "rank1_true_render": metrics.rank1(true_similarity, own, np.array([t["found"] for t in truths])),
         "landmark_error": float(errors.mean()),
         "landmark_error_median": float(np.median(errors)),
-        "landmark_error_95": within(lambda i: float(errors[i].mean())),
+        "landmark_error_95": metrics.interval(lambda i: float(errors[i].mean()), people),
         "landmark_net_error": float(np.mean(net_errors)),
         "asked_against_truth": float(np.mean(asked)) if asked else None,
-        "sharpness": float(np.median(sharp[seen_sharp])) if len(seen_sharp) else None,
-        "sharpness_95": metrics.interval(lambda i: float(np.median(sharp[seen_sharp[i]])), people[seen_sharp])
-        if len(seen_sharp)
-        else None,
+    }
+
+
+def sharpness_figures(portraits: list[dict], truths: list[dict], people: np.ndarray) -> dict:
+    ratios = sharpness_ratios(portraits, truths)
+    seen = ~np.isnan(ratios)
+    if not seen.any():
+        return {"sharpness": None, "sharpness_95": None}
+    ratios, people = ratios[seen], people[seen]
+    return {
+        "sharpness": float(np.median(ratios)),
+        "sharpness_95": metrics.interval(lambda i: float(np.median(ratios[i])), people),
+    }
+
+
+def judges_figures(portraits: list[dict], truths: list[dict], renders: list[dict], people: np.ndarray) -> dict:
+    """What was asked for and is seen; and how far the judges themselves can be trusted, on `renders` of `people`."""
+    photos = np.array([row["style"] == "photo" for row in renders])
+    known = embeddings(renders)
+    wanted = [t["wanted"] for t in truths]
+    return {
         "text_accuracy": metrics.attribute_accuracy([p.get("attributes", {}) for p in portraits], wanted),
         "scorer_accuracy": metrics.attribute_accuracy([t["attributes"] for t in truths], wanted),
         "scorer_accuracy_world": metrics.attribute_accuracy(
-            [row["attributes"] for row in all_rows], [row["wanted"] for row in all_rows]
+            [row["attributes"] for row in renders], [row["wanted"] for row in renders]
         ),
-        "faces_found": float(found.mean()),
+        "faces_found": float(np.mean([p["found"] for p in portraits])),
         "faces_found_true_render": float(np.mean([t["found"] for t in truths])),
-        "faces_found_renders": float(np.mean([row["found"] for row in all_rows])),
+        "faces_found_renders": float(np.mean([row["found"] for row in renders])),
         "refused": [p["refused"] for p in portraits if "refused" in p],
-        "tar_at_far_1e-3": metrics.tar_at_far(*metrics.same_and_different(all_embeddings, all_people)),
-        "tar_at_far_1e-3_photos": metrics.tar_at_far(
-            *metrics.same_and_different(all_embeddings[photos], all_people[photos])
-        ),
-        "seconds": float(np.median(seconds)) if seconds else None,
-        "seconds_slowest": float(np.max(seconds)) if seconds else None,
-        "peak_memory_gb": max(p["peak_memory_gb"] for p in portraits),
+        "tar_at_far_1e-3": metrics.tar_at_far(*metrics.same_and_different(known, people)),
+        "tar_at_far_1e-3_photos": metrics.tar_at_far(*metrics.same_and_different(known[photos], people[photos])),
     }
 
 

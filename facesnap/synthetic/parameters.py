@@ -82,7 +82,6 @@ LIPSTICK = ((0.55, 0.05, 0.08), (0.60, 0.20, 0.25), (0.40, 0.04, 0.12), (0.62, 0
 BACKGROUNDS = ("studio", "plain", "bokeh", "hills")
 LIGHTS = ("soft", "left", "right", "warm", "cool")
 EXPOSURES = ("normal", "dark", "bright")
-SHADOWS = ("soft", "hard")
 STYLES = ("photo", "pencil sketch", "watercolor", "oil painting", "black and white")
 EXPRESSIONS = ("neutral", "smiling", "laughing", "surprised", "serious")
 PATTERNS = ("plain", "striped", "jacket")

@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from facesnap.errors import InputError
-from facesnap.web import safety, server
-from facesnap.web.denoise import gpu_seconds
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+
+from facesnap.errors import InputError  # noqa: E402
+from facesnap.web import safety, server  # noqa: E402
+from facesnap.web.denoise import gpu_seconds  # noqa: E402
 
 MINI = Path(__file__).parent / "assets" / "mini"
 

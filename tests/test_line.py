@@ -6,7 +6,7 @@ import pytest
 from served import wait_for
 
 from facesnap.errors import InputError
-from facesnap.web.line import PATIENCE, Busy, Line, Listeners, Visitor
+from facesnap.web.line import PATIENCE, Allowance, Busy, Line, Listeners, Visitor
 
 
 def test_the_line_is_fair_and_full_in_time():
@@ -100,3 +100,16 @@ def test_the_oldest_unheard_request_makes_room(monkeypatch):
     with listeners.stream("b"), listeners.stream("c"):
         for thread in threads[1:]:
             thread.join(10)
+
+
+def test_an_address_may_send_so_much_in_an_hour_and_then_again(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("facesnap.web.line.time.monotonic", lambda: now[0])
+    allowance = Allowance(10 * 2**20)
+    for now[0] in (0, 1800):
+        allowance.take("8.8.8.8", 5 * 2**20)
+    with pytest.raises(Busy, match="Your address has sent 10 MB within the hour"):
+        allowance.take("8.8.8.8", 1)
+    allowance.take("9.9.9.9", 10 * 2**20)  # others are not concerned
+    now[0] = 3660
+    allowance.take("8.8.8.8", 5 * 2**20)

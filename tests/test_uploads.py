@@ -9,6 +9,7 @@ from PIL import Image
 from served import wait_for
 
 from facesnap.web import server, uploads
+from facesnap.web.line import Allowance, Busy
 
 
 def test_nothing_of_the_photos_metadata_goes_into_the_portrait(client, page, files, tmp_path):
@@ -23,6 +24,20 @@ def test_nothing_of_the_photos_metadata_goes_into_the_portrait(client, page, fil
     ):
         assert b"SECRETPLACE" not in Path(path).read_bytes() and not Image.open(path).getexif()
         assert b"gps" not in Path(path).read_bytes()
+
+
+def test_who_sends_too_much_is_refused_in_words(page, files, monkeypatch):
+    def take(self, address, size):
+        if address == "8.8.4.4":
+            raise Busy("Your address has sent too much.")
+
+    monkeypatch.setattr(Allowance, "take", take)
+    said = {}
+    for address in ("8.8.4.4", "9.9.9.9"):
+        photo, headers = {"files": ("me.png", Path(files.ann).read_bytes())}, {"X-Forwarded-For": address}
+        said[address] = httpx.post(f"{page.url}gradio_api/upload", files=photo, headers=headers)
+    assert (said["8.8.4.4"].status_code, said["8.8.4.4"].text) == (400, "Your address has sent too much.")
+    assert said["9.9.9.9"].status_code == 200
 
 
 def test_visitors_files_go_with_the_page(pipe, files):

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 import gradio as gr
 
 from facesnap.errors import InputError, did_you_mean, shown
-from facesnap.web.line import Listeners, Visitor
+from facesnap.web.line import Allowance, Listeners, Visitor
 from facesnap.web.uploads import MOST_BYTES
 from facesnap.web.words import sentence
 
@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 API = "/gradio_api"
 MOST_BODY = 8 * MOST_BYTES  # five pictures as data: URLs, and some
+MOST_SENT = 25 * MOST_BYTES  # by one address in an hour
 BY_STATUS = {
     401: "Please log in first.",
     403: "This is not given out.",
@@ -41,6 +42,7 @@ class Door:
 
     def __init__(self, app: Any, listeners: Listeners, endpoints: Mapping[str, Sequence[str]]) -> None:
         self.app, self.listeners, self.endpoints = app, listeners, endpoints
+        self.allowance = Allowance(MOST_SENT)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -54,6 +56,8 @@ class Door:
             return
         answer = _Answer(send, plain=route[0] == "upload")  # which the page shows as it is
         try:
+            if scope["method"] == "POST":
+                receive = self._counted(receive, _address_of(scope))
             if scope["method"] == "POST" and route[0] in ("call", "queue"):
                 receive = await self._checked(route, receive, _address_of(scope))
             await self.app(scope, receive, answer)
@@ -61,6 +65,15 @@ class Door:
             await answer.say(str(error), 400)
         except Exception as error:
             await answer.say(sentence(error), 500)
+
+    def _counted(self, receive: Receive, address: str) -> Receive:
+        async def counted() -> Message:
+            message = await receive()
+            if size := len(message.get("body", b"")):
+                self.allowance.take(address, size)
+            return message
+
+        return counted
 
     async def _checked(self, route: Sequence[str], receive: Receive, address: str) -> Receive:
         """The request's body again, once it is known to be of the right form; InputError otherwise, and where the

@@ -135,6 +135,30 @@ class Line:
         self._used = {who: used for who, used in self._used.items() if now - used[1] < 10 * MEMORY}
 
 
+class Allowance:
+    """Bytes that each address may send in an hour: files stay nearly as long, and a disk has an end."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._sent: dict[str, Counter[int]] = {}  # address → minute → bytes
+        self._now = -1
+        self._changing = threading.Lock()
+
+    def take(self, address: str, size: int) -> None:
+        """So many bytes more. Busy where they are too many."""
+        now = int(time.monotonic() // 60)
+        with self._changing:
+            if now != self._now:  # what is older than an hour is forgotten, once a minute
+                lately = {
+                    who: Counter({m: b for m, b in sent.items() if now - m < 60}) for who, sent in self._sent.items()
+                }
+                self._now, self._sent = now, {who: sent for who, sent in lately.items() if sent}
+            sent = self._sent.setdefault(address, Counter())
+            if sent.total() + size > self.most:
+                raise Busy(f"Your address has sent {self.most // 2**20} MB within the hour: please come back later.")
+            sent[now] += size
+
+
 class Listeners:
     """Which sessions have a stream of answers open."""
 

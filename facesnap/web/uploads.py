@@ -92,7 +92,7 @@ def own(path: Any) -> str:
     root = folder()
     try:
         place = Path(os.path.abspath(root / path))
-        inside = place.parent.parent == root and place.parent.resolve() == place.parent
+        inside = os.path.isabs(path) and place.parent.parent == root and place.parent.resolve() == place.parent
         kind = place.lstat().st_mode if inside and place.exists() else stat.S_IFREG
     except (OSError, ValueError):  # a name that no file can have
         inside, kind = False, 0

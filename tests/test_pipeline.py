@@ -15,6 +15,7 @@ from tiny import SIZE, faceless, photo, tiny_ffrnet, tiny_pipeline
 
 from facesnap.errors import InputError
 from facesnap.folder import BASE_PARTS
+from facesnap.geometry import in_crop
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.request import SCHEDULERS
 
@@ -275,3 +276,11 @@ def test_words_beyond_the_prompts_limit_are_pointed_out(pipe):
 def test_identity_score_is_none_where_there_is_no_face(pipe):
     assert pipe.identity_score(Image.fromarray(faceless()), [pipe.analyse(ALICE)]) is None
     assert pipe.identity_score(ALICE, [pipe.analyse(ALICE)]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_identity_score_reads_each_face_where_its_crop_has_it(pipe, monkeypatch):
+    face, seen = pipe.analyse(ALICE), []
+    monkeypatch.setattr(pipe.scorer, "embed", lambda image, points: seen.append((image, points)) or np.ones(4))
+    pipe.identity_score(ALICE, [face])
+    for image, points in seen:
+        assert image.shape == (224, 224, 3) and np.array_equal(points, in_crop(face.keypoints, face.box))

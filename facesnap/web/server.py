@@ -61,7 +61,8 @@ class Blocks(gr.Blocks):
         try:
             uploads.admit(inputs)
             return await super().process_api(block_fn, inputs, *args, **kwargs)
-        except gr.Error:
+        except gr.Error as error:
+            error.print_exception = False  # Gradio's own of a choice that there is not repeats what was sent
             raise
         except Exception as error:
             raise gr.Error(for_visitors(error), print_exception=False) from None

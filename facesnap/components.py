@@ -126,6 +126,8 @@ class Components(StableDiffusionXLPipeline):
         given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         _refuse_paths(given | kwargs)
+        if kwargs.pop("use_safetensors", True) is False:
+            raise InputError("FaceSnap reads safetensors only, never pickles; leave out use_safetensors=False.")
         place, dtype = local_folder(model, **hub), dtype or torch_dtype
         settings = read_settings(place, model, cls.kind)
         check_variant(place, model, variant, given | kwargs)

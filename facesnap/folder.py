@@ -38,7 +38,7 @@ from facesnap import headers
 from facesnap.errors import InputError, reading
 from facesnap.face_adapter import FaceAdapter
 from facesnap.faces import FaceAnalyser, Recogniser
-from facesnap.ffrnet import FFRNet, Variant
+from facesnap.ffrnet import VARIANTS, FFRNet, Variant
 from facesnap.heads import from_pretrained as read_head
 from facesnap.mixer import FacialAttributeMixer
 
@@ -124,14 +124,22 @@ def read_settings(folder: Path, name: str | Path | None = None, kind: str | None
     with reading(f"The {SETTINGS_NAME} of the checkpoint '{name}'"):
         values = dict(json.loads(path.read_text(encoding="utf-8")))
         written_by = values.pop("facesnap", None)
-        unknown = sorted(values.keys() - {known.name for known in fields(Settings)})
+        unknown = [repr(key) for key in sorted(values.keys() - {known.name for known in fields(Settings)})]
+        for key, choices in (("kind", KINDS), ("variant", VARIANTS)):
+            if key in values and values[key] not in choices:
+                unknown.append(f"the {key} {values[key]!r}")
         if unknown:
             by = f", written by facesnap {written_by}" if written_by else ""
             raise InputError(
-                f"The {SETTINGS_NAME} of the checkpoint '{name}'{by} has {unknown[0]!r}, which facesnap "
+                f"The {SETTINGS_NAME} of the checkpoint '{name}'{by} has {unknown[0]}, which facesnap "
                 f"{facesnap.__version__} does not know; update facesnap."
             )
         settings = Settings(**values)
+        for key, default in asdict(Settings()).items():
+            value, fits = values.get(key, default), (int, float) if isinstance(default, float) else type(default)
+            if isinstance(value, bool) or not isinstance(value, fits):
+                said = f"The {SETTINGS_NAME} of the checkpoint '{name}' has {value!r} as its {key}"
+                raise InputError(f"{said}, where something like {default!r} belongs.")
     if kind not in (None, settings.kind):
         raise InputError(
             f"The checkpoint '{name}' is of kind '{settings.kind}', not '{kind}'; "

@@ -203,6 +203,8 @@ class FaceSnapPipeline(Components):
             RuntimeError: a callback of this very UNet's call asks for another portrait. Other threads just wait.
         """
         self._refuse_unknown(kwargs)
+        if preview is not None:
+            refuse_beside(preview, reference, pose, expression_strength, variant)
         size = self._frame_of(preview, height, width)
         request = Request.of(
             self.settings,
@@ -226,8 +228,6 @@ class FaceSnapPipeline(Components):
         if preview is None:
             how = {"expression_strength": expression_strength, "variant": request.variant}
             preview = self.preview(reference, pose, size, **how)  # type: ignore[arg-type]
-        else:
-            refuse_beside(preview, reference, pose, expression_strength)
         with alone_with(self.unet, self.ffrnet, self.mixer):
             images = self._denoise(request, preview)
         if not return_dict:

@@ -101,7 +101,7 @@ def preview(
             f"The face will be only {height:.0f} pixels high, too small for this model to draw well: "
             "raise the head size or choose a pose that is closer."
         )
-    return PreviewResult(points, draw(points, size), faces, driver_face, tuple(notes), head)
+    return PreviewResult(points, draw(points, size), faces, driver_face, tuple(notes), head, keeps_shape)
 
 
 def references(reference: Any, analyse: Analyse, same_person: float) -> tuple[tuple[Face, ...], list[str]]:
@@ -176,12 +176,18 @@ def _names_picture(pose: str) -> bool:
     return os.path.isfile(pose) or bool(Path(pose).suffix) or "/" in pose or "\\" in pose
 
 
-def refuse_beside(given: PreviewResult, reference: Any, pose: Any, expression_strength: float) -> None:
-    """InputError where a call says again what its preview has settled; its own faces are no contradiction."""
+def refuse_beside(
+    given: PreviewResult, reference: Any, pose: Any, expression_strength: float, variant: str | None
+) -> None:
+    """InputError where a call says again what its preview has settled; its own faces are no contradiction, nor is its
+    own variant."""
+    if not isinstance(given, PreviewResult):
+        raise InputError(f"The preview is a {type(given).__name__}; give what `preview` returns.")
     said = {
         "reference": reference is not None and reference is not given.reference_faces,
         "pose": pose is not None,
         "expression_strength": expression_strength != 1,
+        "variant": variant == ("predicted" if given.keeps_shape else "driver"),
     }
     if any(said.values()):
         names = ", ".join(name for name, is_said in said.items() if is_said)

@@ -9,6 +9,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from facesnap.errors import InputError
+
 LIBRARIES = (
     "torch",
     "diffusers",
@@ -45,7 +47,7 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
-        raise FileNotFoundError(f"no model in {folder}: give the folder of a checkpoint, for example assets/mini")
+        raise InputError(f"There is no model in '{folder}'; give the folder of a checkpoint, such as assets/mini.")
     for path in files:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         size = path.stat().st_size

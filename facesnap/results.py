@@ -25,7 +25,8 @@ class PreviewResult:
 
     landmarks (72, 2) float32, pixels of the output frame; drawing (h, w, 3) uint8, what FFRNet sees of them;
     reference_faces: the face used in each reference; driver_face: that of the pose photo, if there was one;
-    notes: sentences for the user; head: the reconstruction behind the landmarks, None where they were given.
+    notes: sentences for the user; head: the reconstruction behind the landmarks, None where they were given;
+    keeps_shape: whether the head has the shape of the driver, as variant "driver" has it.
     """
 
     landmarks: np.ndarray
@@ -34,6 +35,7 @@ class PreviewResult:
     driver_face: Face | None
     notes: tuple[str, ...]
     head: Head | None = None
+    keeps_shape: bool = False
 
 
 @dataclass(eq=False)

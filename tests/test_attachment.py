@@ -194,6 +194,19 @@ def test_a_preview_is_enough_and_nothing_may_contradict_it(pipe):
             pipe("a photo", preview=preview, **beside)
     with pytest.raises(InputError, match="There is no reference photo"):
         pipe("a photo")
+    with pytest.raises(InputError, match="The preview is a ndarray; give what `preview` returns"):
+        pipe("a photo", preview=ALICE)
+
+
+def test_whose_shape_a_preview_has_may_not_be_contradicted(pipe):
+    """Variants "predicted" and "driver" differ in the landmarks alone, and these are the preview's."""
+    how = {"seed": 1, "num_inference_steps": 1, "score": False}
+    for own, other in (("predicted", "driver"), ("driver", "predicted")):
+        preview = pipe.preview(ALICE, BOB, variant=own)
+        for agreeing in (own, "black", None):
+            pipe("a photo", preview=preview, variant=agreeing, **how)
+        with pytest.raises(InputError, match="leave out variant, or the preview"):
+            pipe("a photo", preview=preview, variant=other, **how)
 
 
 def test_cadence_knows_where_the_next_picture_begins():

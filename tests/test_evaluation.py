@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import photo
 
 from facesnap import metrics
+from facesnap.errors import InputError
 from facesnap.evaluation import photographs, portraits, probes, protocol, references, report, vae
 from facesnap.evaluation.__main__ import parse
 from facesnap.evaluation.scorer import visible
@@ -162,7 +163,7 @@ def test_fingerprint_follows_the_weights(tmp_path):
     assert fingerprint(tmp_path) == before
     (tmp_path / "unet" / "w.safetensors").write_bytes(b"two")
     assert fingerprint(tmp_path) != before
-    with pytest.raises(FileNotFoundError, match="no model in"):
+    with pytest.raises(InputError, match="There is no model in"):
         fingerprint(tmp_path / "nothing")
 
 

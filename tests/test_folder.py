@@ -1,6 +1,7 @@
 """Checkpoint folders: what is never read, what a newer one says, and what is written."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -40,13 +41,32 @@ def test_pickled_weights_are_never_read(saved, tmp_path, tiny_readers, part):
         FaceSnapPipeline.from_pretrained(folder)
 
 
-def test_a_setting_of_a_later_version_is_named_with_both_versions(saved, tmp_path, tiny_readers):
-    folder = shutil.copytree(saved, tmp_path / "copy")
-    settings = json.loads((folder / "facesnap.json").read_text())
+def test_pickles_cannot_be_asked_for(saved, tiny_readers):
+    FaceSnapPipeline.from_pretrained(saved, use_safetensors=True)  # as it is anyway
+    with pytest.raises(InputError, match="safetensors only, never pickles; leave out use_safetensors=False"):
+        FaceSnapPipeline.from_pretrained(saved, use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [({"aura": 1}, "'aura'"), ({"kind": "aura"}, "the kind 'aura'"), ({"variant": "aura"}, "the variant 'aura'")],
+)
+def test_a_setting_of_a_later_version_is_named_with_both_versions(saved, tmp_path, setting, named):
+    settings = json.loads((saved / "facesnap.json").read_text())
     assert settings["facesnap"] == "0.1.0"  # which wrote it
-    (folder / "facesnap.json").write_text(json.dumps(settings | {"facesnap": "0.9", "aura": 1}))
-    with pytest.raises(InputError, match="written by facesnap 0.9 has 'aura', which facesnap 0.1.0 does not know; upd"):
-        FaceSnapPipeline.from_pretrained(folder)
+    (tmp_path / "facesnap.json").write_text(json.dumps(settings | {"facesnap": "0.9"} | setting))
+    said = f"written by facesnap 0.9 has {named}, which facesnap 0.1.0 does not know; update"
+    with pytest.raises(InputError, match=said):
+        FaceSnapPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("setting", [{"steps": "8"}, {"size": None}, {"guidance": True}, {"about": []}])
+def test_a_setting_of_another_kind_is_named(saved, tmp_path, setting):
+    settings = json.loads((saved / "facesnap.json").read_text())
+    (tmp_path / "facesnap.json").write_text(json.dumps(settings | setting))
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=re.escape(f"has {value!r} as its {name}, where something like")):
+        FaceSnapPipeline.from_pretrained(tmp_path)
 
 
 def test_the_whole_scorer_is_saved_and_check_says_what_evaluation_would_miss(saved, tmp_path, tiny_readers):

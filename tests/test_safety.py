@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from calls import studio_order
 from PIL import Image
+from safetensors.torch import load_file
 
 from facesnap.errors import InputError
 from facesnap.web import safety, server
@@ -15,7 +17,6 @@ from facesnap.web.studio import MARK_METHOD, Studio, marked
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """Folders of a real, tiny image classifier that finds everything, or nothing, unsafe."""
-    import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     def build(unsafe: float, labels=("normal", "nsfw")) -> Path:
@@ -45,6 +46,14 @@ def test_the_safety_checker_holds_pictures_back(classifier, pipe, files):
         list(Studio(pipe, allowed=safety.load(classifier(9.0))).make(studio_order(files)))
     with pytest.raises(InputError, match="no label 'nsfw'"):
         safety.load(classifier(0.0, labels=("cat", "dog")))
+
+
+def test_a_safety_checker_is_never_unpickled(classifier):
+    folder = classifier(9.0)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        safety.load(folder)
 
 
 @pytest.mark.parametrize(

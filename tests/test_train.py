@@ -180,6 +180,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(start, tmp_path):
         (["steps=many"], "steps is 'many': input should be a valid integer"),
         (["identity=3"], "identity is a section"),
         (["steps"], "'steps' is no key=value"),
+        (["sdxl.yaml"], "'sdxl.yaml' is no key=value; a file of them is given as --config sdxl.yaml"),
         (["identity.steps=9"], "choose 1 to 8"),
         (["precision=fp8"], "precision 'fp8' is not known"),
         (["loss.weighting=heavy"], "loss.weighting 'heavy' is not known; choose none, min_snr, capped_snr"),

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from facesnap.checkpoints import sources as known
 from facesnap.checkpoints.sources import DEFAULT_BASE, KNOWN_BASES, SDXL, SDXL_SMALL, File, Source
 from facesnap.errors import InputError, did_you_mean
-from facesnap.folder import BASE_PARTS, HUB_ID, KINDS, SETTINGS_NAME, Settings, read_settings
+from facesnap.folder import BASE_PARTS, HUB_ID, SETTINGS_NAME, Settings, read_settings
 
 MINI = Path(__file__).parents[2] / "assets" / "mini"
 ASK_ABOVE = 100e6  # bytes
@@ -100,19 +100,13 @@ def _find_weights(name: str | Path, places: dict[str, Path], sources: dict[str, 
     folder = MINI if str(name) == "mini" else Path(name)
     if folder.is_dir():
         places["weights"] = folder
-        return _kind(name, read_settings(folder, name)), {place.name for place in folder.iterdir()}
+        return read_settings(folder, name).kind, {place.name for place in folder.iterdir()}
     if re.fullmatch(HUB_ID, str(name)):
         source = sources["weights"] = listing(str(name), "FaceSnap weights")
-        return _kind(name, _remote_settings(source)), {file.path.split("/")[0] for file in source.files}
+        return _remote_settings(source).kind, {file.path.split("/")[0] for file in source.files}
     if str(name) == "mini":
         raise InputError("The mini lies in assets/mini of the repository; run from a checkout, or give its folder.")
     raise _unknown(name)
-
-
-def _kind(name: str | Path, settings: Settings) -> str:
-    if settings.kind not in KINDS:
-        raise InputError(f"The checkpoint '{name}' is of kind '{settings.kind}', which is not known; update facesnap.")
-    return settings.kind
 
 
 def _unknown(name: str | Path) -> InputError:

@@ -61,8 +61,6 @@ def check(folder: str | Path) -> Report:
     if not folder.is_dir():
         raise InputError(f"There is no folder '{folder}'.")
     settings = read_settings(folder)
-    if settings.kind not in KINDS:
-        raise InputError(f"'{folder}' is of kind '{settings.kind}', which nobody knows; update facesnap.")
     classes = BASE_CLASSES | KINDS[settings.kind]
     names = (*BASE_PARTS, *KINDS[settings.kind], "face_analyser", "head_model", "scorer")
     parts, absent, problems = [], {}, []

@@ -103,7 +103,8 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
     for word in overrides:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"{word!r} is no key=value")
+            hint = f"; a file of them is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            raise ValueError(f"{word!r} is no key=value{hint}")
         place = given
         *sections, last = name.split(".")
         for section in sections:

@@ -175,7 +175,11 @@ class PortraitStage(Stage):
     def sample_sheet(self, path: Path) -> dict[str, float]:
         return {} if self.source.validation is None else draw_sheet(self, self.source.validation, path)
 
+    # ---- equation 5 ----------------------------------------------------------------------------------------
+
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """L = L_mask + λ L_id, and what is noted of this step: the masked loss of equation 3, and in the steps that
+        compute it the identity loss of equation 4 with its weight."""
         latents, given = self.source.latents(batch), self.conditions(batch)
         count = len(latents)
         draws = [self._draws(generator, self.rank * count + i) for i in range(count)]

@@ -41,7 +41,9 @@ def load(model: str | Path) -> Callable[[Image.Image], None]:
     from transformers import pipeline
 
     try:
-        classify: Any = pipeline("image-classification", model=str(model), device=-1)
+        classify: Any = pipeline(
+            "image-classification", model=str(model), device=-1, model_kwargs={"use_safetensors": True}
+        )
         known = {label.lower() for label in classify.model.config.id2label.values()}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

@@ -120,3 +120,23 @@ def alone_with(*modules: nn.Module | None) -> Iterator[None]:
             turn.owner = me
             held.callback(setattr, turn, "owner", None)
         yield
+
+
+@contextmanager
+def for_this_thread(unet: nn.Module) -> Iterator[None]:
+    """While the block lasts, other threads' calls of the UNet raise RuntimeError: a stock pipeline that shares it does
+    not wait as `alone_with` does, and would silently draw what is attached for somebody else."""
+    me = threading.get_ident()
+
+    def refuse(module: nn.Module, args: tuple) -> None:
+        if threading.get_ident() != me:
+            raise RuntimeError(
+                "This UNet is making a portrait in another thread: wait until that is done, or give this pipeline a "
+                "UNet of its own."
+            )
+
+    handle = unet.register_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()

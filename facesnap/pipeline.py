@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from facesnap import landmarks as landmarks72
-from facesnap.attachment import alone_with, parts_of
+from facesnap.attachment import alone_with, for_this_thread, parts_of
 from facesnap.clip import face_features
 from facesnap.components import Components
 from facesnap.errors import InputError
@@ -266,6 +266,7 @@ class FaceSnapPipeline(Components):
         )
         try:
             with ExitStack() as hooks:
+                hooks.enter_context(for_this_thread(working.unet))
                 hooks.enter_context(hook)
                 if ends_guidance:
                     hooks.enter_context(halved_images(working.unet, lambda: working.do_classifier_free_guidance))

@@ -93,6 +93,27 @@ def test_a_portrait_from_within_a_portrait_is_refused_in_words(pipe, twin):
     assert torch.equal(before, latents(pipe))  # and nobody is locked out
 
 
+def test_a_stock_pipeline_of_another_thread_is_refused_rather_than_given_the_face(pipe):
+    other, said = stock(pipe), []
+    before, own = run(other), latents(pipe)
+
+    def beside():
+        with pytest.raises(RuntimeError) as error:
+            run(other)
+        said.append(str(error.value))
+
+    def let_it_try(request, step, timestep, tensors):
+        if step == 0:
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+        return {}
+
+    assert torch.equal(latents(pipe, callback_on_step_end=let_it_try), own)
+    assert said and said[0].startswith("This UNet is making a portrait in another thread")
+    assert torch.equal(run(other), before)
+
+
 def test_other_modules_are_nobodys_business():
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     with alone_with(first, None), alone_with(second):

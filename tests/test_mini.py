@@ -239,6 +239,12 @@ def test_steps_are_for_the_stages_that_several_processes_share(tmp_path, capsys)
         assert "--steps is for --stage joint, facesnap, identity or consistency" in capsys.readouterr().err
 
 
+def test_a_stage_with_nothing_to_go_on_from_says_which_comes_first(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--stage", "facesnap", "--work", str(tmp_path), "--minutes", "1"])
+    assert "to go on from; train stage joint there first, or unpack." in capsys.readouterr().err
+
+
 def test_people_whose_seeds_are_others_are_not_rendered(tmp_path) -> None:
     with pytest.raises(ValueError, match="--people 16001: choose at most 16000"):
         command.main(["--stage", "people", "--work", str(tmp_path), "--people", "16001"])

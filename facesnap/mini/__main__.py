@@ -38,6 +38,7 @@ from pathlib import Path
 import cv2
 import torch
 
+from facesnap.errors import InputError
 from facesnap.mini import checkpoint, portraits, recipe
 from facesnap.mini.joint import WIDTHS
 from facesnap.mini.recipe import NETS, Run
@@ -102,7 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     for stage in ALL if args.all else [STAGES[args.stage]]:
         started = time.monotonic()
-        stage(run, minutes_of(stage, args.minutes, alone=not args.all))
+        try:
+            stage(run, minutes_of(stage, args.minutes, alone=not args.all))
+        except InputError as error:
+            parser.exit(1, f"stage {stage.__name__}: {error}\n")
         print(f"stage {stage.__name__}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
 
 

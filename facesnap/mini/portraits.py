@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel
 
+from facesnap.errors import InputError
 from facesnap.faces import Recogniser
 from facesnap.ffrnet import FFRNet, Variant
 from facesnap.mini import augment
@@ -195,8 +196,12 @@ def _kept(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def latest(run: Run, *stages: str) -> Path:
-    """The folder of the first of `stages` that has been trained."""
-    return next(run.work / name for name in stages if (run.work / name / "unet").is_dir())
+    """The folder of the first of `stages` that has been trained. Raises InputError where none has."""
+    for name in stages:
+        if (run.work / name / "unet").is_dir():
+            return run.work / name
+    trained = " or ".join(name for name in stages if name != "start")  # where `unpack` puts what was shipped
+    raise InputError(f"There is nothing in '{run.work}' to go on from; train stage {trained} there first, or unpack.")
 
 
 def _fingerprint(module: nn.Module) -> str:

@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=6)
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args(argv)
+    if not Path(arguments.model).is_dir():
+        parser.error(f"there is no folder '{arguments.model}': give that of an SDXL checkpoint as --model")
     pipe = StableDiffusionXLPipeline.from_pretrained(arguments.model, use_safetensors=True)
     pipe.vae.requires_grad_(False)
     stage = StyleStage(pipe, *pictures(arguments.style, arguments.pictures, arguments.size))

@@ -91,6 +91,7 @@ def test_preview_draws_the_landmarks_and_says_which_face(client, files):
         {"head_size": 0.8},
         {"expression": "neutral"},
         {"expressions": {"smile": 0.8}},
+        {"expressions": '{"smile": "0.4"}'},  # as text, which agents send
         {"reference_2": handle_file(files.ann_too)},
     ]
     seen = [report["landmarks"]] + [look(**change)[1]["landmarks"] for change in changes]
@@ -176,7 +177,9 @@ def test_generate_reports_every_step(client, page, files):
         ({"yaw": 90}, "yaw is 90; choose a number between -45 and 45"),
         ({"head_size": 3}, "head size is 3"),
         ({"count": 9}, "count is 9"),
-        ({"seed": -5}, "seed is -5"),
+        ({"seed": -5}, "seed is -5; choose a whole number between -1 and 2147483647"),
+        ({"expressions": {"smile": "much"}}, "expression smile is much"),
+        ({"expressions": "smile"}, "must be names with weights"),
         ({"width": 70}, "not a multiple of 16"),
         ({"width": 128, "height": 128}, "make it smaller"),
         ({"width": 1_000_000}, "width is 1000000"),

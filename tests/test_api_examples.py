@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from facesnap.web import server
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -80,3 +82,14 @@ def test_agents_find_and_call_the_two_tools(page, files):
     assert len(tools) == 2 and all(any(word in name for word in ("preview", "generate")) for name in tools)
     assert not made.isError and '"seed": 3' in str(made.content).replace("'", '"')
     assert refused.isError and "tick the box" in str(refused.content)
+
+
+def test_agents_are_told_the_same_where_the_page_is_served_until_it_ends(pipe, monkeypatch):
+    pytest.importorskip("mcp", reason='the MCP server needs its extra: pip install "gradio[mcp]"')
+    demo, told = server.build(pipe), []
+    monkeypatch.setattr(demo, "block_thread", lambda: told.append(demo.mcp_server_obj.api_info))
+    server.launch(demo, quiet=True)
+    demo.close()
+    (told,) = told
+    reference, *_ = told["named_endpoints"]["/preview"]["parameters"]
+    assert reference["type"] == {"type": ["string", "null"]}

@@ -41,6 +41,21 @@ def test_the_pages_own_event_wants_consent(page, files):
     assert any("fs-error" in text and "tick the box" in text for text in said) and page.pipe.steps == 0
 
 
+def test_what_no_page_would_send_to_its_events_is_refused_in_words(page, capfd):
+    """The handlers behind photos, preview and button, asked as a page asks them."""
+    names = ("show_preview", "show_portrait", "show_preset")
+    events = {number: event for number, event in page.demo.fns.items() if event.name in names}
+    for number, event in events.items():
+        session = f"stranger {number}"
+        body = {"fn_index": number, "data": ["words"] * len(event.inputs), "session_hash": session}
+        assert HTTP.post(f"{page.url}gradio_api/queue/join", json=body).status_code == 200
+        answers = HTTP.get(f"{page.url}gradio_api/queue/data", params={"session_hash": session}).text
+        (said,) = re.findall(r'"error":\s?"([^"]*)', answers)
+        assert "of the form that the page's clients send" in said or "is not in the list of choices" in said
+    assert {event.name for event in events.values()} == set(names)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_consent_and_limits_hold_on_the_route_itself(page, files):
     page.pipe.steps, photo = 0, Path(files.ann).read_bytes()
     assert "tick the box" in call(page, "generate", {"prompt": "", "consent": False}, photo)

@@ -6,6 +6,7 @@ The API's signatures and texts (`endpoints`), the page's boxes (`form`) and ever
 
 from __future__ import annotations
 
+import json
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -276,7 +277,7 @@ def meaning(name: str, pipeline: Any) -> str:
     spec, default, settings = SPECS[name], DEFAULTS[name], pipeline.settings
     values = {
         "choice": lambda: "one of " + ", ".join(f'"{choice}"' for choice in _choices(name, spec, settings)),
-        "number": lambda: "{:g} to {:g}".format(*_range(name, spec, settings)),
+        "number": lambda: "{:.10g} to {:.10g}".format(*_range(name, spec, settings)),
         "text": lambda: f"at most {MAX_PROMPT} characters",
         "weights": lambda: ", ".join(pipeline.head_model.expression_names) or "this model has none",
         "photo": lambda: "",
@@ -296,15 +297,26 @@ def _range(name: str, spec: Spec, settings: Any) -> tuple[float, float]:
 
 
 def _read(spec: Spec, value: Any) -> Any:
-    """A value as it was sent, as the number that it stands for; what stands for none is left to `check`."""
-    if spec.kind != "number":
-        return value
+    """A value as it was sent, as the numbers that it stands for; what stands for none is left to `check`."""
+    if spec.kind == "number":
+        return _as_number(value, whole=spec.whole)
+    if spec.kind == "weights" and isinstance(value, str):  # agents may send any value as text
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if spec.kind == "weights" and isinstance(value, Mapping):
+        return {name: _as_number(weight, whole=False) for name, weight in value.items()}
+    return value
+
+
+def _as_number(value: Any, *, whole: bool) -> Any:
     if isinstance(value, str):
         try:
-            value = float(value) if not spec.whole or "." in value else int(value)
+            value = float(value) if not whole or "." in value else int(value)
         except ValueError:
             return value
-    return int(value) if spec.whole and isinstance(value, float) and value.is_integer() else value
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
 
 
 def _check(name: str, value: Any, spec: Spec, settings: Any) -> None:
@@ -335,5 +347,5 @@ def _is_unicode(text: str) -> bool:
 def _in_range(words: str, value: Any, low: float, high: float, *, whole: bool) -> None:
     kind: Any = numbers.Integral if whole else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # nor is NaN
-        allowed = f"choose a {'whole ' if whole else ''}number between {low:g} and {high:g}."
+        allowed = f"choose a {'whole ' if whole else ''}number between {low:.10g} and {high:.10g}."
         raise InputError(f"The {words} is {shown(value)}; {allowed}")

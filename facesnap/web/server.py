@@ -10,8 +10,9 @@ from diffusers.utils import logging as diffusers_log
 from PIL import Image
 from starlette.middleware import Middleware
 
+from facesnap.errors import InputError
 from facesnap.web import uploads, views
-from facesnap.web.door import Door, for_visitors
+from facesnap.web.door import MALFORMED, Door, for_visitors
 from facesnap.web.endpoints import MOST_AT_ONCE, PARAMETERS, add_endpoints, for_agents
 from facesnap.web.events import Events
 from facesnap.web.form import Form
@@ -67,6 +68,15 @@ class Blocks(gr.Blocks):
         except Exception as error:
             raise gr.Error(for_visitors(error), print_exception=False) from None
 
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> Any:
+        """What no page would have sent to one of its own events is the sender's fault, and nothing for the log."""
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except (gr.Error, OSError):
+            raise
+        except Exception:
+            raise InputError(MALFORMED) from None
+
 
 def build(
     pipeline: Any,
@@ -87,8 +97,9 @@ def build(
     return demo
 
 
-def launch(demo: Blocks, **options: Any) -> Any:
-    """Limits and looks. Nothing is kept, no server text is shown, nothing is asked of the network."""
+def launch(demo: Blocks, *, prevent_thread_lock: bool = False, **options: Any) -> Any:
+    """Limits and looks. Nothing is kept, no server text is shown, nothing is asked of the network. Returns when the
+    page is closed, or at once with `prevent_thread_lock`."""
     here = Path(__file__).parent
     diffusers_log.set_verbosity_error()  # it warns of long prompts with their words
     door = Middleware(Door, listeners=demo.listeners, endpoints=PARAMETERS)
@@ -105,8 +116,11 @@ def launch(demo: Blocks, **options: Any) -> Any:
         ssr_mode=False,
         mcp_server=importlib.util.find_spec("mcp") is not None,
         app_kwargs={"middleware": [door], "lifespan": uploads.keeping_clean()},
+        prevent_thread_lock=True,  # there is something left to do
         **options,
     )
     if demo.mcp_server_obj:
         demo.mcp_server_obj.api_info = for_agents(demo.mcp_server_obj.api_info)
+    if not prevent_thread_lock:
+        demo.block_thread()
     return launched

@@ -2,8 +2,11 @@
 
 import numpy as np
 import torch
-from tiny import SIZE, photo
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+from PIL import Image
+from tiny import SIZE, photo, tiny_unet
 
+from facesnap.folder import BASE_PARTS
 from facesnap.pipeline import LAST_CALL
 
 ALICE, BOB = photo(1), photo(2)
@@ -47,3 +50,26 @@ def plain(stock):
     seed = torch.Generator().manual_seed(0)
     how = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "guidance_scale": 2.0}
     return pixels(stock("a photo", generator=seed, **how))
+
+
+STOCK_KINDS = [  # stock pipelines that begin with a picture, and the input channels of their UNet
+    (StableDiffusionXLImg2ImgPipeline, 4),
+    (StableDiffusionXLInpaintPipeline, 4),
+    (StableDiffusionXLInpaintPipeline, 9),
+]
+
+
+def stock_beside(ours, kind, channels):
+    """A stock pipeline of the parts of `ours` with a UNet of its own, and what makes its picture, always the same."""
+    unet = tiny_unet(in_channels=channels, out_channels=4)
+    stock = kind(**{n: getattr(ours, n) for n in BASE_PARTS} | {"unet": unet}, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    inputs = {"image": Image.fromarray(photo(4, size=SIZE)), "num_inference_steps": 4, "strength": 0.8}
+    if kind is StableDiffusionXLInpaintPipeline:
+        inputs |= {"mask_image": Image.new("L", (SIZE, SIZE), 255), "height": SIZE, "width": SIZE}
+
+    def made():
+        with torch.no_grad():
+            return np.asarray(stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0])
+
+    return stock, made

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from PIL import Image
-from portraits import ALICE, pixels, portrait, same, state
-from tiny import SIZE, faceless, photo, tiny_pipeline, tiny_unet
+from portraits import ALICE, STOCK_KINDS, pixels, portrait, same, state, stock_beside
+from tiny import SIZE, faceless, tiny_pipeline
 
 from facesnap.attachment import parts_of
 from facesnap.errors import InputError
@@ -149,29 +146,12 @@ def conditions(pipe, size=(SIZE, SIZE)):
     return {"tokens": mixed.tokens, "pooled": mixed.pooled, "control": control}
 
 
-@pytest.mark.parametrize(
-    ("kind", "channels"),
-    [
-        (StableDiffusionXLImg2ImgPipeline, 4),
-        (StableDiffusionXLInpaintPipeline, 4),
-        (StableDiffusionXLInpaintPipeline, 9),
-    ],
-)
+@pytest.mark.parametrize(("kind", "channels"), STOCK_KINDS)
 def test_stock_pipelines_follow_an_attached_ffrnet(kind, channels):
     ours = tiny_pipeline(vae_levels=4, latent_channels=4)
-    unet = tiny_unet(in_channels=channels, out_channels=4)
-    stock = kind(**{n: getattr(ours, n) for n in BASE_PARTS} | {"unet": unet}, add_watermarker=False)
-    stock.set_progress_bar_config(disable=True)
-    inputs = {"image": Image.fromarray(photo(4, size=SIZE)), "num_inference_steps": 4, "strength": 0.8}
-    if kind is StableDiffusionXLInpaintPipeline:
-        inputs |= {"mask_image": Image.new("L", (SIZE, SIZE), 255), "height": SIZE, "width": SIZE}
-
-    def run():
-        with torch.no_grad():
-            return np.asarray(stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0])
-
+    stock, run = stock_beside(ours, kind, channels)
     plain = run()
-    with attach(unet, ours.ffrnet, parts=lambda: parts_of(stock), **conditions(ours)):
+    with attach(stock.unet, ours.ffrnet, parts=lambda: parts_of(stock), **conditions(ours)):
         followed = run()
     assert not np.array_equal(plain, followed)
     assert np.array_equal(plain, run())

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import StableDiffusionXLInpaintPipeline
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from portraits import STOCK_KINDS, stock_beside
 from safetensors.torch import load_file
 from tiny import SIZE, TOKEN_DIM, photo, tiny_pipeline, tiny_unet
 
@@ -127,27 +128,11 @@ def test_another_base_unet_follows_the_same_ffrnet(pipe):
 # ---------------------------------------------------------------------- stock pipelines
 
 
-@pytest.mark.parametrize(
-    ("kind", "channels"),
-    [
-        (StableDiffusionXLImg2ImgPipeline, 4),
-        (StableDiffusionXLInpaintPipeline, 4),
-        (StableDiffusionXLInpaintPipeline, 9),
-    ],
-)
+@pytest.mark.parametrize(("kind", "channels"), STOCK_KINDS)
 def test_stock_pipelines_follow_face_and_pose_while_attached(eight, kind, channels):
-    unet = tiny_unet(in_channels=channels, out_channels=4)
-    stock = kind(**{n: getattr(eight, n) for n in BASE_PARTS} | {"unet": unet}, add_watermarker=False)
-    stock.set_progress_bar_config(disable=True)
-    inputs = {"image": Image.fromarray(photo(4, size=SIZE)), "num_inference_steps": 4, "strength": 0.8}
-    if kind is StableDiffusionXLInpaintPipeline:
-        inputs |= {"mask_image": Image.new("L", (SIZE, SIZE), 255), "height": SIZE, "width": SIZE}
+    stock, made = stock_beside(eight, kind, channels)
 
     def run(**attached):
-        def made():
-            with torch.no_grad():
-                return np.asarray(stock("a photo", **inputs, generator=torch.Generator().manual_seed(0)).images[0])
-
         if not attached:
             return made()
         with eight.attached_to(stock, **attached) as preview:

@@ -22,8 +22,8 @@
 
 Every stage that learns resumes from its last checkpoint in `--work`. `--stage unpack` fills a new work folder from a
 finished checkpoint (`--out`), so that training goes on from weights that were shipped: people, unpack, features, and
-the stages from joint on. Where recogniser A or the face encoder was trained anew in between, `adopt` comes before
-joint: it teaches the shipped mixer to read them. `--stage faces --nets B` trains one of the nets.
+the stages from joint on. Where recogniser A, the face encoder and the VAE were trained anew in between, `adopt` comes
+before joint: it teaches the shipped mixer, UNet and FFRNet to read them. `--stage faces --nets B` trains one net.
 
 Several GPUs, or the cores of a CPU, share joint, facesnap, identity or consistency as processes; they count steps, not
 minutes:

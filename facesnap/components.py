@@ -21,9 +21,11 @@ from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.ffrnet import FFRNet
 from facesnap.folder import (
+    BASE_CLASSES,
     BASE_PARTS,
     HUB_ARGUMENTS,
     OUR_PARTS,
+    WEIGHTS,
     Dtypes,
     Settings,
     check_variant,
@@ -35,6 +37,7 @@ from facesnap.folder import (
 from facesnap.heads import HeadModel
 from facesnap.mixer import FacialAttributeMixer
 
+DOES = {"face_analyser": "analyse", "head_model": "points", "scorer": "embed"}  # the parts that are no torch modules
 OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
 
 
@@ -125,7 +128,7 @@ class Components(StableDiffusionXLPipeline):
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        _refuse_paths(given | kwargs)
+        _refuse_strangers(given | kwargs)
         if kwargs.pop("use_safetensors", True) is False:
             raise InputError("FaceSnap reads safetensors only, never pickles; leave out use_safetensors=False.")
         place, dtype = local_folder(model, **hub), dtype or torch_dtype
@@ -159,7 +162,7 @@ class Components(StableDiffusionXLPipeline):
         """
         settings = getattr(pipeline, "settings", None)
         ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
-        _refuse_paths(components)
+        _refuse_strangers(components)
         given = {name: components.pop(name) for name in OUR_PARTS if name in components}
         if model is not None:
             place = local_folder(model)
@@ -254,7 +257,11 @@ class Components(StableDiffusionXLPipeline):
             self.ffrnet.compile_repeated_blocks(**options)
 
 
-def _refuse_paths(components: dict[str, Any]) -> None:
+def _refuse_strangers(components: dict[str, Any]) -> None:
     for name, part in components.items():
         if name in (*BASE_PARTS, *OUR_PARTS) and isinstance(part, str | os.PathLike):
             raise InputError(f"The {name} was given as a path; load it first, and give what that returns.")
+        if name in (*BASE_CLASSES, *WEIGHTS) and not isinstance(part, nn.Module | None):
+            raise InputError(f"The {name} must be a torch module, not {type(part).__name__}.")
+        if name in DOES and part is not None and not hasattr(part, DOES[name]):
+            raise InputError(f"The {name} must have a method {DOES[name]!r}, which {type(part).__name__} has not.")

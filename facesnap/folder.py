@@ -150,14 +150,26 @@ def read_settings(folder: Path, name: str | Path | None = None, kind: str | None
 
 def check_variant(folder: Path, name: str | Path, variant: str | None, given: Iterable[str] = ()) -> None:
     """InputError unless every part of the checkpoint has files of that variant, save for those `given`."""
-    if variant is None:
-        return
     for part in (*BASE_CLASSES, *WEIGHTS):
         place = place_of(folder, part)
-        if part not in given and place.is_dir() and not any(place.glob(f"*.{glob.escape(str(variant))}[.-]*")):
+        if part in given or not place.is_dir():
+            continue
+        if variant is not None and not any(place.glob(f"*.{glob.escape(str(variant))}[.-]*")):
             raise InputError(
                 f"The {part} of the checkpoint '{name}' has no files of variant {variant!r}; leave it out."
             )
+        if variant is None and (others := _only_variants(place)):
+            raise InputError(
+                f"The {part} of the checkpoint '{name}' has files of variant {', '.join(map(repr, others))} only; "
+                f"load it with variant={others[0]!r}."
+            )
+
+
+def _only_variants(place: Path) -> list[str]:
+    """Of what variants a folder holds weights; none where it holds plain ones too."""
+    files = [re.sub(r"-\d{5}-of-\d{5}", "", file.name) for file in place.glob("*.safetensors")]
+    variants = {name.removesuffix(".safetensors").partition(".")[2] for name in files}
+    return sorted(variants) if "" not in variants else []
 
 
 def incomplete(model: str | Path, part: str) -> InputError:

@@ -31,6 +31,7 @@ MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_PICTURES = 64  # of one prompt
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STOCK_ARGUMENTS = {*inspect.signature(StableDiffusionXLPipeline.__call__).parameters, "callback", "callback_steps"}
 
 # Samplers by the names people know, as diffusers maps them; a checkpoint's own settings (prediction type, betas,
@@ -107,6 +108,8 @@ class Request:
         check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
         check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
         check_number("end of guidance", speed.guidance_end, 0, 1)
+        if (kind := stock.get("output_type", "pil")) not in OUTPUT_TYPES:
+            raise InputError(f"There is no output type {kind!r}; {did_you_mean(kind, OUTPUT_TYPES)}")
         own_steps = next((given for name in ("timesteps", "sigmas") if (given := stock.get(name)) is not None), None)
         steps = steps if own_steps is None else len(own_steps)
         prompts = _prompts(prompt, stock, settings.prompt)

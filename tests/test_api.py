@@ -158,8 +158,9 @@ def test_generate_reports_every_step(client, page, files):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"consent": False}, "tick the box"),
-        ({"consent": "yes"}, "tick the box"),
+        ({"consent": False}, "The consent must be true"),
+        ({"consent": "yes"}, "consent is yes; it must be true or false"),
+        ({"consent": 1}, "consent is 1; it must be true or false"),
         ({"reference": None}, "There is no photo"),
         ({"reference_4": "words"}, "Photo 2: This file is not a picture"),
         ({"pose": "another photo"}, "no photo of a pose"),

@@ -42,23 +42,35 @@ def test_the_pages_own_event_wants_consent(page, files):
 
 
 def test_what_no_page_would_send_to_its_events_is_refused_in_words(page, capfd):
-    """The handlers behind photos, preview and button, asked as a page asks them."""
-    names = ("show_preview", "show_portrait", "show_preset")
-    events = {number: event for number, event in page.demo.fns.items() if event.name in names}
+    """The handlers of the page, asked as a page asks them, and what it handles without the server."""
+    names = ("show_preview", "show_portrait", "show_preset", "show_example", "choose", "choose_kept")
+    names += ("use_again", "restore")
+    events = {number: event for number, event in page.demo.fns.items() if event.name in names or event.fn is None}
+    assert {event.name for event in events.values()} > set(names)
     for number, event in events.items():
         session = f"stranger {number}"
-        body = {"fn_index": number, "data": ["words"] * len(event.inputs), "session_hash": session}
+        values = [json.dumps(["words"]) if box.stateful else "words" for box in event.inputs]
+        body = {"fn_index": number, "data": values, "session_hash": session}
         assert HTTP.post(f"{page.url}gradio_api/queue/join", json=body).status_code == 200
         answers = HTTP.get(f"{page.url}gradio_api/queue/data", params={"session_hash": session}).text
         (said,) = re.findall(r'"error":\s?"([^"]*)', answers)
         assert "of the form that the page's clients send" in said or "is not in the list of choices" in said
-    assert {event.name for event in events.values()} == set(names)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+STREAMS = ["call/generate/nothing", "call/v2/preview/nothing", "queue/data?session_hash=nobody"]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_that_nobody_asked_for_says_so(page, stream, capfd):
+    answer = HTTP.get(f"{page.url}gradio_api/{stream}")
+    assert "Nobody asked for this" in answer.text and "404" not in answer.text
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_consent_and_limits_hold_on_the_route_itself(page, files):
     page.pipe.steps, photo = 0, Path(files.ann).read_bytes()
-    assert "tick the box" in call(page, "generate", {"prompt": "", "consent": False}, photo)
+    assert "The consent must be true" in call(page, "generate", {"prompt": "", "consent": False}, photo)
     assert "choose a whole number" in call(page, "generate", {"prompt": "", "consent": True, "steps": 9999}, photo)
     assert page.pipe.steps == 0
 

@@ -162,6 +162,17 @@ def test_a_pipeline_without_our_parts_says_what_it_lacks(pipe):
     assert portrait(bare).images
 
 
+def test_a_call_with_an_output_type_that_there_is_not(pipe):
+    with pytest.raises(InputError, match="There is no output type 'numpy'; choose pil, np, pt, latent"):
+        portrait(pipe, output_type="numpy")
+
+
+@pytest.mark.parametrize(("part", "kind"), [("mixer", "module"), ("vae", "module"), ("scorer", "'embed'")])
+def test_components_of_a_wrong_kind_are_named(pipe, part, kind):
+    with pytest.raises(InputError, match=f"The {part} must .*{kind}"):
+        FaceSnapPipeline.from_pipe(pipe, **{part: 3})
+
+
 def test_components_are_not_given_as_paths(pipe, tmp_path, tiny_readers):
     pipe.save_pretrained(tmp_path)
     for name in ("head_model", "vae"):

@@ -115,6 +115,12 @@ def test_files_of_a_variant_that_are_not_there_are_named(tmp_path, tiny_readers,
         FaceSnapPipeline.from_pretrained(tmp_path, variant="fp16")
 
 
+def test_a_folder_of_a_variant_alone_names_it(tmp_path, tiny_readers):
+    tiny_pipeline().save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    with pytest.raises(InputError, match="has files of variant 'fp16' only; load it with variant='fp16'"):
+        FaceSnapPipeline.from_pretrained(tmp_path)
+
+
 def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
     asked = {}
     monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name, **how: asked.update(how) or saved)

@@ -23,6 +23,7 @@ from facesnap.mini.portraits import latest
 from facesnap.mini.recipe import Run
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.synthetic.dataset import People, load_people
+from facesnap.training.checkpointing import write_whole
 
 ADOPTED = 5000  # pictures that a new recogniser is fitted to an old mixer with
 
@@ -70,7 +71,7 @@ def adopt(run: Run, minutes: float) -> None:
     told = adopt_latents(parts["unet"], parts["ffrnet"], before, kept[some].astype(np.float32))
     print("left unexplained of the old latents {:.2f}, of the new ones {:.2f}".format(*told))
     for name in ("mixer", "unet", "ffrnet"):
-        parts[name].save_pretrained(run.work / "start" / name)
+        write_whole(run.work / "start" / name, parts[name].save_pretrained)  # the shipped one lay there in pieces
 
 
 def adopt_faces(run: Run, mixer: FacialAttributeMixer, known: People, found: feats.Features, rows: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import gradio as gr
+from fastapi import HTTPException
 
 from facesnap.errors import InputError, did_you_mean, shown
 from facesnap.web.line import Allowance, Listeners, Visitor
@@ -34,6 +35,8 @@ BY_STATUS = {
     413: f"The file is larger than {MOST_BYTES // 2**20} MB: make it smaller.",
     503: "The queue is full: please try again in a minute.",
 }
+NOT_FOUND = b'"404: Not Found"'
+NO_STREAM = b'"Nobody asked for this here, or its answer has been read already: please ask again."'
 MALFORMED = "The request is not of the form that the page's clients send: “Use via API” at its foot shows it."
 
 
@@ -52,7 +55,7 @@ class Door:
         route = path.partition(API + "/")[2].strip("/").split("/")
         if scope["method"] == "GET" and (session := _stream_of(route, scope)):
             with self.listeners.stream(session, _address_of(scope)):
-                await self.app(scope, receive, send)
+                await self._stream(scope, receive, send)
             return
         answer = _Answer(send, plain=route[0] == "upload")  # which the page shows as it is
         try:
@@ -65,6 +68,21 @@ class Door:
             await answer.say(str(error), 400)
         except Exception as error:
             await answer.say(sentence(error), 500)
+
+    async def _stream(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """A stream of answers. One that nobody asked for ends with a bare status and an error in the log."""
+
+        async def worded(message: Message) -> None:
+            if NOT_FOUND in (body := message.get("body", b"")):
+                message["body"] = body.replace(NOT_FOUND, NO_STREAM)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, worded)
+        except RuntimeError as error:  # so Starlette calls a status that comes after the headers
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body", "body": b""})
 
     def _counted(self, receive: Receive, address: str) -> Receive:
         async def counted() -> Message:

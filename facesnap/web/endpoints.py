@@ -14,6 +14,7 @@ import gradio as gr
 import numpy as np
 from gradio.data_classes import FileData
 
+from facesnap.errors import InputError
 from facesnap.web import uploads
 from facesnap.web.denoise import Step
 from facesnap.web.door import for_visitors, visitor_of
@@ -178,3 +179,22 @@ def for_agents(api_info: dict[str, Any]) -> dict[str, Any]:
             name = {"number": "number", "switch": "boolean", "weights": "object"}.get(kind, "string")
             parameter["type"] = {"type": [name, "string", "null"] if name != "string" else ["string", "null"]}
     return told
+
+
+def before_schemas(server: Any, settings: Any) -> None:
+    """MCP refuses a list or an object by its schema, in the words of a library: the request itself is asked first."""
+    from mcp import types
+
+    answer = server.request_handlers[types.CallToolRequest]
+
+    async def call(asked: Any) -> Any:
+        try:
+            given = {name: value for name, value in (asked.params.arguments or {}).items() if name in SPECS}
+            for name in given:
+                PortraitRequest.parse(given).check_value(name, settings)
+        except InputError as error:
+            text = types.TextContent(type="text", text=str(error))
+            return types.ServerResult(types.CallToolResult(content=[text], isError=True))
+        return await answer(asked)
+
+    server.request_handlers[types.CallToolRequest] = call

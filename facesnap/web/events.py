@@ -13,20 +13,22 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from facesnap.errors import InputError
 from facesnap.preview import MAX_REFERENCES
 from facesnap.web import views
 from facesnap.web.denoise import Step
-from facesnap.web.door import for_visitors, visitor_of
+from facesnap.web.door import MALFORMED, for_visitors, visitor_of
 from facesnap.web.endpoints import MOST_AT_ONCE
 from facesnap.web.form import Form
 from facesnap.web.line import NOBODY_IN_PARTICULAR, Listeners, Visitor
-from facesnap.web.request import NO_CONSENT, NO_REFERENCE, PHOTO_POSE, SPECS, PortraitRequest, frame, preset
+from facesnap.web.request import NO_REFERENCE, PHOTO_POSE, SPECS, PortraitRequest, frame, preset
 from facesnap.web.studio import Look, Portrait, Reading, Studio, Waiting, role
 from facesnap.web.words import unknown_words
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}  # needs no place in Gradio's queue
 EXAMPLE_SEED = 7
+NO_CONSENT = "Please tick the box first: it says that the people in the photos agree."
 Updates = dict[Any, Any]
 
 
@@ -210,7 +212,7 @@ class Events:
     def show_example(self, event: gr.SelectData, request: gr.Request) -> Generator[Updates]:
         """Fills the form with an example, all else as at first, and shows its portrait, which is made for the first
         visitor who asks."""
-        row, inputs = self.form.shelf[event.index], self.form.inputs
+        row, inputs = _one_of(self.form.shelf, event.index), self.form.inputs
         form = self.defaults | {name: row[name] for name in ("pose", "prompt", "style")} | {"consent": False}
         # As pixels: Gradio gives out files of the working directory only, wherever the page was started.
         filled = {inputs["references"]: [Image.open(row["reference"])]}
@@ -309,17 +311,15 @@ class Events:
 
     def choose(self, event: gr.SelectData, pictures: list[Any], seeds: list[int]) -> tuple[int, Any, Any]:
         """The picture that was clicked is the one to download and the one whose seed is used again."""
-        return (
-            event.index,
-            gr.DownloadButton(value=pictures[event.index][0]),
-            gr.Button(f"Use seed {seeds[event.index]} again"),
-        )
+        path, seed = _one_of(pictures, event.index)[0], _one_of(seeds, event.index)
+        return event.index, gr.DownloadButton(value=path), gr.Button(f"Use seed {seed} again")
 
     @staticmethod
     def use_again(seeds: list[int], chosen: int) -> tuple[int, bool, Any]:
         """The chosen picture's seed is put into the form, and a note says so: the form's own fields are folded away."""
-        kept = f"The next portrait uses seed {seeds[chosen]} until “New seed each time” under Advanced is ticked again."
-        return seeds[chosen], False, gr.HTML(views.note(kept), visible=True)
+        seed = _one_of(seeds, chosen)
+        kept = f"The next portrait uses seed {seed} until “New seed each time” under Advanced is ticked again."
+        return seed, False, gr.HTML(views.note(kept), visible=True)
 
     @staticmethod
     def choose_kept(event: gr.SelectData) -> tuple[int, Any]:
@@ -327,6 +327,15 @@ class Events:
 
     def restore(self, kept: list[dict[str, Any]], chosen: int) -> list[Any]:
         """The settings of an earlier portrait are put into the form, its seed among them; the photos stay."""
-        settings = kept[int(chosen)]
+        settings = _one_of(kept, chosen)
+        if not isinstance(settings, dict) or not settings.keys() >= {*self.restored}:
+            raise InputError(MALFORMED)
         note = views.note("The form is as it was for that portrait, with its seed; the photos are those you have now.")
         return [*(settings.get(name, self.defaults.get(name)) for name in self.restored), gr.HTML(note, visible=True)]
+
+
+def _one_of(items: Any, index: Any) -> Any:
+    """What was chosen; InputError where there is no such thing, which no page would send."""
+    if not isinstance(items, list | tuple) or not isinstance(index, int | float) or not 0 <= index < len(items):
+        raise InputError(MALFORMED)
+    return items[int(index)]

@@ -165,7 +165,7 @@ class Listeners:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
         self.unheard: list[object] = []
-        self._asked: dict[str, list[float]] = {}  # address → when it asked for what it has not listened to
+        self._asked: dict[str, list[tuple[float, str | None]]] = {}  # address → when, and whose answer nobody reads yet
         self._changed = threading.Condition()
 
     def ask(self, session: str | None, address: str) -> None:
@@ -174,21 +174,24 @@ class Listeners:
         with self._changed:
             if session in self._open:
                 return
-            self._asked = {who: times for who, times in self._asked.items() if now - times[-1] < PATIENCE}
-            asked = [then for then in self._asked.get(address, []) if now - then < PATIENCE]
+            self._asked = {who: asked for who, asked in self._asked.items() if now - asked[-1][0] < PATIENCE}
+            asked = [one for one in self._asked.get(address, []) if now - one[0] < PATIENCE]
             if len(asked) >= MOST_ASKED:
                 raise Busy("Your address asks faster than it listens: read the stream of events of what it asked for.")
-            self._asked[address] = [*asked, now]
+            self._asked[address] = [*asked, (now, session)]
 
     @contextmanager
     def stream(self, session: str, address: str = "") -> Iterator[None]:
-        """While the block lasts, somebody listens."""
+        """While the block lasts, somebody listens: to all that the session asked, or to one call's answer."""
         with self._changed:
             self._open[session] += 1
-            if asked := self._asked.get(address):
-                del asked[0]
-                if not asked:
-                    del self._asked[address]
+            asked = self._asked.pop(address, [])
+            left = [one for one in asked if one[1] != session]
+            calls = [one for one in left if one[1] is None]  # each has a session of its own, which it learns by asking
+            if calls and len(left) == len(asked):
+                left.remove(calls[0])
+            if left:
+                self._asked[address] = left
             self._changed.notify_all()
         try:
             yield

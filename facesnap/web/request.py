@@ -29,7 +29,7 @@ MOST_AREA = 1.5  # times that of the checkpoint's square
 MOST_WORK = 160  # steps × pictures × pixels of one request, in steps at the checkpoint's square
 ASPECTS = {"1:1": 1.0, "4:5": 4 / 5, "3:4": 3 / 4, "2:3": 2 / 3, "4:3": 4 / 3, "3:2": 3 / 2}  # width over height
 
-NO_CONSENT = "Please tick the box first: it says that the people in the photos agree."
+NO_CONSENT = "The consent must be true: it says that the people in the photos are you, or agreed to this."
 NO_REFERENCE = "There is no photo yet: add one of the person."
 NO_POSE_PHOTO = "There is no photo of a pose yet: add one, or choose another pose."
 
@@ -201,14 +201,14 @@ class PortraitRequest:
         Runs with every portrait, as a browser's own checks can be walked around.
         """
         settings = pipeline.settings
-        if not preview and self.consent is not True:
-            raise InputError(NO_CONSENT)
+        if not preview:
+            self.check_value("consent", settings)
+            if not self.consent:
+                raise InputError(NO_CONSENT)
         if not self.references:
             raise InputError(NO_REFERENCE)
-        names = PREVIEW if preview else tuple(SPECS)
-        for name in names:
-            if (value := getattr(self, name)) is not None:
-                _check(name, value, SPECS[name], settings)
+        for name in PREVIEW if preview else tuple(SPECS):
+            self.check_value(name, settings)
         if self.pose == PHOTO_POSE and self.pose_photo is None:
             raise InputError(NO_POSE_PHOTO)
         if self.pose not in (OWN_POSE, PHOTO_POSE) and self.pose_photo is not None:
@@ -224,9 +224,12 @@ class PortraitRequest:
         if not preview:
             self._check_work(settings, width * height / settings.size**2)
 
+    def check_value(self, name: str, settings: Any) -> None:
+        """Raises InputError where the value of one parameter is of a wrong kind, or beyond its range."""
+        if (value := getattr(self, name)) is not None:
+            _check(name, value, SPECS[name], settings)
+
     def _check_expressions(self, known: Sequence[str]) -> None:
-        if not isinstance(self.expressions, Mapping | None):
-            raise InputError('The expressions must be names with weights, such as {"smile": 0.5}.')
         for name, weight in (self.expressions or {}).items():
             if name not in known:
                 hint = did_you_mean(name, known, None if known else "this head model names none.")
@@ -300,6 +303,8 @@ def _read(spec: Spec, value: Any) -> Any:
     """A value as it was sent, as the numbers that it stands for; what stands for none is left to `check`."""
     if spec.kind == "number":
         return _as_number(value, whole=spec.whole)
+    if spec.kind == "switch" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
     if spec.kind == "weights" and isinstance(value, str):  # agents may send any value as text
         try:
             value = json.loads(value)
@@ -323,6 +328,12 @@ def _check(name: str, value: Any, spec: Spec, settings: Any) -> None:
     words = name.replace("_", " ")
     if spec.kind == "number":
         _in_range(words, value, *_range(name, spec, settings), whole=spec.whole)
+    elif spec.kind == "switch" and not isinstance(value, bool):
+        raise InputError(f"The {words} is {shown(value)}; it must be true or false.")
+    elif spec.kind == "weights" and not isinstance(value, Mapping):
+        raise InputError(f'The {words} must be names with weights, such as {{"smile": 0.5}}.')
+    elif spec.kind == "photo" and not isinstance(value, str):
+        raise InputError(f"The {words} must be text: the path of a file that was uploaded, or a data: URL.")
     elif spec.kind == "choice":
         known = _choices(name, spec, settings)
         if not isinstance(value, str) or value not in known:  # a pose is thus never taken for a path

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 from diffusers.utils import logging as diffusers_log
@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from facesnap.errors import InputError
 from facesnap.web import uploads, views
 from facesnap.web.door import MALFORMED, Door, for_visitors
-from facesnap.web.endpoints import MOST_AT_ONCE, PARAMETERS, add_endpoints, for_agents
+from facesnap.web.endpoints import MOST_AT_ONCE, PARAMETERS, add_endpoints, before_schemas, for_agents
 from facesnap.web.events import Events
 from facesnap.web.form import Form
 from facesnap.web.line import Listeners
@@ -56,10 +56,12 @@ class Blocks(gr.Blocks):
     its callers nothing, or paths of the server, and print what they sent."""
 
     listeners: Listeners
+    settings: Any  # of the checkpoint
     assets: Path
 
     async def process_api(self, block_fn: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         try:
+            _refuse_forged(block_fn, kwargs.get("event_data"))
             uploads.admit(inputs)
             return await super().process_api(block_fn, inputs, *args, **kwargs)
         except gr.Error as error:
@@ -78,6 +80,16 @@ class Blocks(gr.Blocks):
             raise InputError(MALFORMED) from None
 
 
+def _refuse_forged(block_fn: Any, event_data: Any) -> None:
+    """InputError for an event that a page handles by itself, and for a choice of nothing."""
+    if block_fn.fn is None:
+        raise InputError(MALFORMED)
+    if gr.SelectData in get_type_hints(block_fn.fn).values():
+        chosen = event_data._data if event_data is not None else None
+        if not isinstance(chosen, dict) or not isinstance(chosen.get("index"), int):
+            raise InputError(MALFORMED)
+
+
 def build(
     pipeline: Any,
     *,
@@ -91,7 +103,7 @@ def build(
     scratch = uploads.scratch(uploads.folder())
     studio = Studio(pipeline, on_gpu=on_gpu, allowed=allowed, most_waiting=most_waiting, scratch=scratch)
     with Blocks(title="FaceSnap", analytics_enabled=False) as demo:
-        demo.listeners = Listeners()
+        demo.listeners, demo.settings = Listeners(), pipeline.settings
         Events(Form(pipeline, assets), studio, demo.listeners)
         add_endpoints(studio, demo.listeners)
     return demo
@@ -119,8 +131,9 @@ def launch(demo: Blocks, *, prevent_thread_lock: bool = False, **options: Any) -
         prevent_thread_lock=True,  # there is something left to do
         **options,
     )
-    if demo.mcp_server_obj:
-        demo.mcp_server_obj.api_info = for_agents(demo.mcp_server_obj.api_info)
+    if mcp := demo.mcp_server_obj:
+        mcp.api_info = for_agents(mcp.api_info)
+        before_schemas(mcp.mcp_server, demo.settings)
     if not prevent_thread_lock:
         demo.block_thread()
     return launched

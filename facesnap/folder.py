@@ -271,6 +271,10 @@ def write(
     """
     ready = {name: _to_save(name, part, dtype) for name, part in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    variant = options.get("variant")
+    for part in (*BASE_CLASSES, *WEIGHTS):  # of weights in pieces that lie there; what is in one would not be found
+        for index in place_of(folder, part).glob(f"*.index.{variant}.json" if variant else "*.safetensors.index.json"):
+            index.unlink()
     stock = StableDiffusionXLPipeline(
         **{name: ready[name] for name in BASE_PARTS},
         force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
@@ -280,6 +284,7 @@ def write(
     for name in OUR_PARTS:
         part, place = ready.get(name), place_of(folder, name)
         if part is None:
+            shutil.rmtree(place, ignore_errors=True)
             continue
         if name in WEIGHTS:
             part.save_pretrained(place, **options)

@@ -115,6 +115,16 @@ def test_files_of_a_variant_that_are_not_there_are_named(tmp_path, tiny_readers,
         FaceSnapPipeline.from_pretrained(tmp_path, variant="fp16")
 
 
+def test_a_folder_is_written_over_another(tmp_path, tiny_readers):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    pipe.register_modules(scorer=None)
+    pipe.save_pretrained(tmp_path)
+    again = FaceSnapPipeline.from_pretrained(tmp_path)
+    assert again.scorer is None and abs(pixels(again) - pixels(pipe)).max() < 1e-4
+
+
 def test_a_folder_of_a_variant_alone_names_it(tmp_path, tiny_readers):
     tiny_pipeline().save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     with pytest.raises(InputError, match="has files of variant 'fp16' only; load it with variant='fp16'"):

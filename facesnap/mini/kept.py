@@ -24,6 +24,7 @@ class KeptConfig:
 
     strangers: of the references, how many have somebody else's embedding. On photographs a recogniser of rendered
     people errs more than the face encoder does, and the mixer learns to doubt it where the two disagree.
+    glasses: how many times as often a picture with glasses is drawn: so thin, they are learned last.
     photographed: how many are changed as cameras change them. poor: of all but one of a set, how many are hard to read
     (hidden, blurred, dark), so that a set learns to listen to its best picture.
     """
@@ -32,6 +33,7 @@ class KeptConfig:
     without_ffrnet: float = 0.0  # samples without FFRNet, most of them with the caption that tells of the face
     drop_text: float = 0.1
     drop_face: float = 0.0
+    glasses: float = 2.0
     strangers: float = 0.3
     photographed: float = 0.5
     poor: float = 0.5
@@ -82,6 +84,8 @@ class KeptFeatures:
                 if len(others):
                     self.references[int(row)] = others
         self.rows, self.photos = np.array(sorted(self.references)), np.flatnonzero(found)
+        often = [config.glasses if people.attributes[row]["glasses"] != "none" else 1.0 for row in self.rows]
+        self.share = np.array(often) / sum(often)
         self.covered = np.array([a["hat"] != "none" or a["glasses"] != "none" for a in people.attributes])
 
     # ---- what the stage asks -------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class KeptFeatures:
 
     def batch(self, rng: np.random.Generator) -> Batch:
         config = self.config
-        rows = rng.choice(self.rows, config.batch_size)
+        rows = rng.choice(self.rows, config.batch_size, p=self.share)
         most = 1 + int(rng.choice(len(config.references), p=config.references))
         chosen, mask = draw_references(rng, (self.references[int(row)] for row in rows), most)
         embeddings, clip = self.draw_looks(rng, chosen, mask)

@@ -52,8 +52,9 @@ def joint(run: Run, minutes: float) -> None:
     """Everything together, from nothing, or from the parts that `unpack` left."""
     start = run.work / "start"
     parts = load_parts(start) if start.is_dir() else new_parts(run)
-    stage = portrait_stage(run, parts, joint=True, keep_controls=start.is_dir())
-    teach(run, "joint", stage, minutes, lr=1.5e-3 if start.is_dir() else 2.5e-3)
+    # Muon takes half a second of every step, however many samples it has
+    stage = portrait_stage(run, parts, joint=True, keep_controls=start.is_dir(), batch_size=64)
+    teach(run, "joint", stage, minutes, lr=2e-3 if start.is_dir() else 2.5e-3)
 
 
 def facesnap(run: Run, minutes: float) -> None:

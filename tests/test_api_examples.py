@@ -74,7 +74,13 @@ def test_agents_find_and_call_the_two_tools(page, files):
                 tools = {tool.name: tool for tool in (await session.list_tools()).tools}
                 asked = {"reference": photo, "prompt": "by the sea", "consent": True, "seed": 3}
                 made = await session.call_tool(next(name for name in tools if "generate" in name), asked)
-                wrong = [{"consent": False}, {"steps": [1, 2]}, {"prompt": {"a": 1}}, {"reference_2": [photo]}]
+                wrong = [
+                    {"consent": False},
+                    {"steps": [1, 2]},
+                    {"prompt": {"a": 1}},
+                    {"reference_2": [photo]},
+                    {"stepss": 3},
+                ]
                 name = next(name for name in tools if "generate" in name)
                 refused = [await session.call_tool(name, asked | one) for one in wrong]
                 return tools, made, refused
@@ -83,7 +89,13 @@ def test_agents_find_and_call_the_two_tools(page, files):
         tools, made, refused = thread.submit(asyncio.run, talk()).result()
     assert len(tools) == 2 and all(any(word in name for word in ("preview", "generate")) for name in tools)
     assert not made.isError and '"seed": 3' in str(made.content).replace("'", '"')
-    words = ["The consent must be true", "steps is [1, 2]", "prompt must be text", "reference 2 must be text"]
+    words = [
+        "The consent must be true",
+        "steps is [1, 2]",
+        "prompt must be text",
+        "reference 2 must be text",
+        "did you mean 'steps'",
+    ]
     for answer, said in zip(refused, words, strict=True):
         assert answer.isError and said in str(answer.content), answer.content
 

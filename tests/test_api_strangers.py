@@ -6,6 +6,7 @@ import json
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,9 @@ import httpx
 import pytest
 from calls import FILE, HTTP, call, sentence_of, uploaded
 from PIL import Image
+from served import wait_for
 
+from facesnap.errors import InputError
 from facesnap.web import uploads
 from facesnap.web.request import SPECS
 
@@ -66,6 +69,88 @@ def test_a_stream_that_nobody_asked_for_says_so(page, stream, capfd):
     answer = HTTP.get(f"{page.url}gradio_api/{stream}")
     assert "Nobody asked for this" in answer.text and "404" not in answer.text
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("?page=SECRET", "assets/" + 50 * "SECRET", "pwa_icon/SECRET", "monitoring", "monitoring/SECRET", "SECRET"),
+        *("gradio_api/call/a/b/SECRET", "gradio_api/file=https://SECRET.org/me.png", "gradio_api/proxy=SECRET%00"),
+        *("gradio_api/custom_component/SECRET/client/component/x.js", "gradio_api/dev/reload"),
+    ],
+)
+def test_addresses_where_nothing_is_say_so(page, address, capfd):
+    answer = HTTP.get(page.url + address)
+    assert answer.status_code >= 400 and re.fullmatch(r"[A-Z][^\n]{20,150}\.", sentence_of(answer.text))
+    assert not re.search("SECRET|Traceback", answer.text + "".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("queue/join", '{"data": [], "fn_index": 99999, "session_hash": "s"}'),
+        ("queue/join", '{"data": [], "fn_index": 0, "session_hash": "s", "event_id": NaN}'),
+        ("run/predict", '{"data": [], "fn_index": 1e400}'),
+        ("run/SECRET", '{"data": []}'),
+        ("component_server", '{"data": 1, "component_id": 99999, "session_hash": "s", "fn_name": "SECRET"}'),
+        ("process_recording", ""),
+    ],
+)
+def test_what_no_client_posts_is_the_senders_fault(page, route, body, capfd):
+    sent = {"content": body, "headers": {"content-type": "application/json"}} if body else {"files": {"video": b"x"}}
+    answer = HTTP.post(f"{page.url}gradio_api/{route}", **sent)
+    assert 400 <= answer.status_code < 500 and sentence_of(answer.text)
+    assert not re.search("SECRET|Traceback|error [0-9a-f]{6}", "".join(capfd.readouterr()))
+
+
+def test_an_upload_without_a_name_is_refused_in_words(page):
+    answer = HTTP.post(f"{page.url}gradio_api/upload", files={"files": ("", b"x")})
+    assert answer.status_code == 400 and answer.text.startswith("Nothing was uploaded")
+
+
+def test_of_several_streams_of_one_session_none_breaks(page, capfd):
+    address, one = f"{page.url}gradio_api/queue/data", {"session_hash": "twice"}
+    page.pipe.fresh()
+    with page.demo.listeners.stream("twice"):
+        HTTP.post(f"{page.url}gradio_api/queue/join", json=one | {"fn_index": 0, "data": []})
+    with ExitStack() as streams:
+        for _ in range(3):  # one of them is told the end
+            streams.enter_context(httpx.stream("GET", address, params=one))
+
+    def unheard() -> bool:
+        try:
+            page.demo.listeners.await_one("twice", 0)
+        except InputError:
+            return True
+        return False
+
+    wait_for(unheard)
+    assert HTTP.get(page.url).status_code == 200
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "said"),
+    [
+        ("[" * 100_000, 400, "none of the messages"),
+        ('{"jsonrpc": "2.0", "id": 1, "method": "SECRET"}', 200, "none of the messages"),
+        ('{"jsonrpc": "2.0", "method": "SECRET"}', 202, ""),
+        ('{"jsonrpc": "2.0", "id": 1, "method": "prompts/get", "params": {"name": "SECRET"}}', 200, "no prompts"),
+        (
+            '{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": 5, "arguments": ["SECRET"]}}',
+            200,
+            "",
+        ),
+        ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "SECRET\\ud83d"}}', 200, "no tool"),
+        ("SECRET" * 10**6, 400, "upload the photos as files"),
+    ],
+)
+def test_what_is_no_message_of_an_agent_is_refused_and_not_logged(page, message, status, said, capfd):
+    pytest.importorskip("mcp", reason='the MCP server needs its extra: pip install "gradio[mcp]"')
+    headers = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
+    answer = HTTP.post(f"{page.url}gradio_api/mcp/", content=message, headers=headers)
+    assert answer.status_code == status and said in answer.text
+    assert not re.search("SECRET|Traceback|pydantic", "".join(capfd.readouterr()))
 
 
 def test_consent_and_limits_hold_on_the_route_itself(page, files):

@@ -43,6 +43,8 @@ def test_places_are_few_for_each_session_and_each_address():
         for visitor, said in ((Visitor("2.2.2.2", "c"), "You have 1"), (Visitor("1.1.1.1", "d"), "Your address has 2")):
             with pytest.raises(Busy, match=said), line.turn(visitor):
                 pass
+        with line.turn(Visitor("3.3.3.3", "c")):  # agents share a session
+            pass
 
 
 def test_nobody_waits_for_what_nobody_listens_to():

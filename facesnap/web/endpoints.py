@@ -4,7 +4,6 @@ Signatures, defaults and texts are made from the fields of `PortraitRequest`. Th
 hand it over unread: what is wrong with it is said by the request itself, in a sentence.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -14,7 +13,6 @@ import gradio as gr
 import numpy as np
 from gradio.data_classes import FileData
 
-from facesnap.errors import InputError
 from facesnap.web import uploads
 from facesnap.web.denoise import Step
 from facesnap.web.door import for_visitors, visitor_of
@@ -167,34 +165,3 @@ class Argument(gr.Textbox):
             example = {"path": "me.jpg", "url": "me.jpg", "meta": {"_type": "gradio.FileData"}}
             return example if self.name_ == "reference" else None
         return {"prompt": "wearing a red jacket", "consent": True}.get(self.name_, DEFAULTS[self.name_])
-
-
-def for_agents(api_info: dict[str, Any]) -> dict[str, Any]:
-    """Gradio's description of the endpoints as agents shall read it: photos are strings, numbers may be strings and
-    anything may be null. Whatever is wrong with a value is then said by the request and not by a schema."""
-    told = copy.deepcopy(api_info)
-    for endpoint in told["named_endpoints"].values():
-        for parameter in endpoint["parameters"]:
-            kind = SPECS[parameter["parameter_name"]].kind
-            name = {"number": "number", "switch": "boolean", "weights": "object"}.get(kind, "string")
-            parameter["type"] = {"type": [name, "string", "null"] if name != "string" else ["string", "null"]}
-    return told
-
-
-def before_schemas(server: Any, settings: Any) -> None:
-    """MCP refuses a list or an object by its schema, in the words of a library: the request itself is asked first."""
-    from mcp import types
-
-    answer = server.request_handlers[types.CallToolRequest]
-
-    async def call(asked: Any) -> Any:
-        try:
-            given = {name: value for name, value in (asked.params.arguments or {}).items() if name in SPECS}
-            for name in given:
-                PortraitRequest.parse(given).check_value(name, settings)
-        except InputError as error:
-            text = types.TextContent(type="text", text=str(error))
-            return types.ServerResult(types.CallToolResult(content=[text], isError=True))
-        return await answer(asked)
-
-    server.request_handlers[types.CallToolRequest] = call

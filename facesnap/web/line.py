@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from facesnap.errors import InputError
 
@@ -43,6 +44,11 @@ class _Ticket:
     number: int
 
 
+def _known(visitor: Visitor) -> dict[str, Any]:
+    """What a visitor is counted by. Agents of many addresses share one session: that of the server's own client."""
+    return {"address": visitor.address, "session": (visitor.address, visitor.session) if visitor.session else ""}
+
+
 class Line:
     """A few at a time, at most `most` waiting, and of them few for each session and each address."""
 
@@ -51,7 +57,7 @@ class Line:
         self._each = {"session": each_session, "address": each_address}
         self._waiting: list[_Ticket] = []
         self.served: dict[_Ticket, float] = {}  # and when it began
-        self._used: dict[str, tuple[float, float]] = {}  # address or session → seconds, and when that was true
+        self._used: dict[Any, tuple[float, float]] = {}  # address or session → seconds, and when that was true
         self._count = 0
         self._moved = threading.Condition()
 
@@ -93,8 +99,8 @@ class Line:
         if len(self._waiting) >= self.most:
             raise Busy(f"The queue is full, {self.most} visitors are waiting: please try again in a minute.")
         for name, most in self._each.items():
-            own = getattr(visitor, name)
-            if own and sum(getattr(ticket.visitor, name) == own for ticket in inside) >= most:
+            own = _known(visitor)[name]
+            if own and sum(_known(ticket.visitor)[name] == own for ticket in inside) >= most:
                 whose = "You have" if name == "session" else "Your address has"
                 raise Busy(f"{whose} {most} requests in line already: please wait for one of them.")
 
@@ -115,12 +121,12 @@ class Line:
 
     def _order(self) -> list[_Ticket]:
         def key(ticket: _Ticket) -> tuple[float, float, int]:
-            visitor = ticket.visitor
-            return self._recently(visitor.address), self._recently(visitor.session), ticket.number
+            known = _known(ticket.visitor)
+            return self._recently(known["address"]), self._recently(known["session"]), ticket.number
 
         return sorted(self._waiting, key=key)
 
-    def _recently(self, who: str) -> float:
+    def _recently(self, who: Any) -> float:
         """Seconds that an address or a session used, older ones counting less; in tenths, so that ties are ties."""
         seconds, then = self._used.get(who, (0.0, 0.0))
         return round(seconds * 0.5 ** ((time.monotonic() - then) / MEMORY), 1)
@@ -130,7 +136,7 @@ class Line:
             self._waiting.remove(ticket)
             return
         now = time.monotonic()
-        for who in filter(None, (ticket.visitor.address, ticket.visitor.session)):
+        for who in filter(None, _known(ticket.visitor).values()):
             self._used[who] = self._recently(who) + now - began, now
         self._used = {who: used for who, used in self._used.items() if now - used[1] < 10 * MEMORY}
 

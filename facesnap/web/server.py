@@ -7,13 +7,15 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 from diffusers.utils import logging as diffusers_log
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.middleware import Middleware
 
 from facesnap.errors import InputError
-from facesnap.web import uploads, views
+from facesnap.web import agents, uploads, views
 from facesnap.web.door import MALFORMED, Door, for_visitors
-from facesnap.web.endpoints import MOST_AT_ONCE, PARAMETERS, add_endpoints, before_schemas, for_agents
+from facesnap.web.endpoints import MOST_AT_ONCE, PARAMETERS, add_endpoints
 from facesnap.web.events import Events
 from facesnap.web.form import Form
 from facesnap.web.line import Listeners
@@ -90,6 +92,11 @@ def _refuse_forged(block_fn: Any, event_data: Any) -> None:
             raise InputError(MALFORMED)
 
 
+def _say_malformed(request: Any, error: Exception) -> JSONResponse:
+    """FastAPI's own repeats what was sent, and falls over values that are no JSON."""
+    return JSONResponse({"detail": MALFORMED}, 422)
+
+
 def build(
     pipeline: Any,
     *,
@@ -114,7 +121,20 @@ def launch(demo: Blocks, *, prevent_thread_lock: bool = False, **options: Any) -
     page is closed, or at once with `prevent_thread_lock`."""
     here = Path(__file__).parent
     diffusers_log.set_verbosity_error()  # it warns of long prompts with their words
-    door = Middleware(Door, listeners=demo.listeners, endpoints=PARAMETERS)
+    has_agents = importlib.util.find_spec("mcp") is not None
+    door = Middleware(
+        Door,
+        listeners=demo.listeners,
+        endpoints=PARAMETERS,
+        events=frozenset(demo.fns),
+        check_message=agents.check_message if has_agents else None,
+    )
+    own_app = {
+        "middleware": [door],
+        "lifespan": uploads.keeping_clean(),
+        "exception_handlers": {RequestValidationError: _say_malformed},
+        "openapi_url": None,  # FastAPI's own, of all that Gradio could do
+    }
     launched = demo.queue(api_open=False, max_size=2 * MOST_AT_ONCE).launch(
         theme=THEME,
         css=(here / "page.css").read_text(encoding="utf-8") + views.pose_tiles(),
@@ -126,14 +146,15 @@ def launch(demo: Blocks, *, prevent_thread_lock: bool = False, **options: Any) -
         run_history=False,
         footer_links=["api"],
         ssr_mode=False,
-        mcp_server=importlib.util.find_spec("mcp") is not None,
-        app_kwargs={"middleware": [door], "lifespan": uploads.keeping_clean()},
+        mcp_server=has_agents,
+        enable_monitoring=False,  # whoever asked for it had its secret address printed
+        app_kwargs=own_app,
         prevent_thread_lock=True,  # there is something left to do
         **options,
     )
     if mcp := demo.mcp_server_obj:
-        mcp.api_info = for_agents(mcp.api_info)
-        before_schemas(mcp.mcp_server, demo.settings)
+        mcp.api_info = agents.for_agents(mcp.api_info)
+        agents.answer_in_words(mcp, demo.settings)
     if not prevent_thread_lock:
         demo.block_thread()
     return launched

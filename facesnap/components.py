@@ -28,6 +28,7 @@ from facesnap.folder import (
     WEIGHTS,
     Dtypes,
     Settings,
+    check_dtype,
     check_variant,
     local_folder,
     read_base,
@@ -37,7 +38,10 @@ from facesnap.folder import (
 from facesnap.heads import HeadModel
 from facesnap.mixer import FacialAttributeMixer
 
-DOES = {"face_analyser": "analyse", "head_model": "points", "scorer": "embed"}  # the parts that are no torch modules
+DOES = {  # the parts that are no torch modules
+    **{"face_analyser": "analyse", "head_model": "points", "scorer": "embed"},
+    **{"scheduler": "set_timesteps", "tokenizer": "tokenize", "tokenizer_2": "tokenize"},
+}
 OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
 
 
@@ -123,7 +127,7 @@ class Components(StableDiffusionXLPipeline):
                 Hub's revision, token, cache_dir, local_files_only, force_download and proxies.
 
         Raises:
-            InputError: the folder is missing, incomplete or damaged; the message names the part.
+            InputError: the folder is missing, incomplete or damaged, or an argument does not fit; the message names it.
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         given = {name: kwargs.pop(name) for name in OUR_PARTS if name in kwargs}
@@ -131,7 +135,9 @@ class Components(StableDiffusionXLPipeline):
         _refuse_strangers(given | kwargs)
         if kwargs.pop("use_safetensors", True) is False:
             raise InputError("FaceSnap reads safetensors only, never pickles; leave out use_safetensors=False.")
-        place, dtype = local_folder(model, **hub), dtype or torch_dtype
+        dtype = dtype or torch_dtype
+        check_dtype(dtype)
+        place = local_folder(model, **hub)
         settings = read_settings(place, model, cls.kind)
         check_variant(place, model, variant, given | kwargs)
         ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
@@ -160,6 +166,8 @@ class Components(StableDiffusionXLPipeline):
 
         Without a model, and around a stock pipeline, it lacks our parts: give them as `components`.
         """
+        if missing := [name for name in BASE_PARTS if not hasattr(pipeline, name)]:
+            raise InputError(f"from_pipe takes an SDXL pipeline; this {type(pipeline).__name__} has no {missing[0]}.")
         settings = getattr(pipeline, "settings", None)
         ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
         _refuse_strangers(components)
@@ -203,7 +211,7 @@ class Components(StableDiffusionXLPipeline):
             dtype: of the saved weights, by default as they are; the text encoders are float32 whatever it is.
 
         Raises:
-            InputError: a LoRA is loaded and not fused, or pickles were asked for.
+            InputError: a LoRA is loaded and not fused, pickles were asked for, or nothing can be written there.
         """
         if not safe_serialization:
             raise InputError("FaceSnap writes safetensors only; leave out safe_serialization=False.")

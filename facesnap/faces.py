@@ -239,6 +239,13 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
+def mean_direction(embeddings: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of some embeddings (d,), each of length 1. InputError where there are none."""
+    if not embeddings:
+        raise InputError("There is no reference to compare with; give one photo or face at least.")
+    return np.mean([embedding / np.linalg.norm(embedding) for embedding in embeddings], axis=0)
+
+
 def box_around(landmarks: np.ndarray) -> np.ndarray:
     """A detector's box (4,) for landmarks (N, 2+): it begins on the forehead, they begin with the brows."""
     low, high = landmarks[:, :2].min(axis=0), landmarks[:, :2].max(axis=0)

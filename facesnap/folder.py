@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import glob
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 
 import facesnap
 from facesnap import headers
-from facesnap.errors import InputError, reading
+from facesnap.errors import InputError, did_you_mean, reading
 from facesnap.face_adapter import FaceAdapter
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.ffrnet import VARIANTS, FFRNet, Variant
@@ -96,7 +97,9 @@ def place_of(folder: Path, part: str) -> Path:
 
 def local_folder(model: str | Path, **hub: Any) -> Path:
     """The folder of a checkpoint, or the snapshot of a Hub id "owner/name", taken with `hub` (HUB_ARGUMENTS)."""
-    if Path(model).is_dir():
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"A checkpoint is named by its folder or its Hub id, not by a {type(model).__name__}.")
+    if os.path.isdir(model):  # Path's own falls over a name that is too long
         return Path(model)
     problem = f"There is no folder '{model}'"
     if re.fullmatch(HUB_ID, str(model)):
@@ -146,6 +149,15 @@ def read_settings(folder: Path, name: str | Path | None = None, kind: str | None
             "facesnap.checkpoints.load opens every kind."
         )
     return settings
+
+
+def check_dtype(dtype: Any) -> None:
+    """InputError for what is neither torch's, nor that by part; the libraries would take float32 instead."""
+    for part, kind in dtype.items() if isinstance(dtype, dict) else [(None, dtype)]:
+        if part is not None and part not in (known := (*BASE_PARTS, *OUR_PARTS, "image_encoder", "default")):
+            raise InputError(f"There is no part {part!r} to have a dtype; {did_you_mean(part, known)}")
+        if not isinstance(kind, torch.dtype | None):
+            raise InputError(f"The dtype is {kind!r}; give one of torch's, such as torch.bfloat16.")
 
 
 def check_variant(folder: Path, name: str | Path, variant: str | None, given: Iterable[str] = ()) -> None:
@@ -202,7 +214,9 @@ def read_base(folder: Path, name: str | Path, dtype: Dtypes = None, **options: A
     dtypes = dtype or torch.float32
     if isinstance(dtypes, dict):  # diffusers warns of parts that it does not know
         dtypes = {part: kind for part, kind in dtypes.items() if part in (*BASE_PARTS, "default")}
-    with reading(f"The base model of the checkpoint '{name}'"):
+    others = [option for option, value in options.items() if option not in BASE_PARTS and value is not None]
+    advice = "fetch or build it again" + (f", or leave out {', '.join(others)}" if others else "")
+    with reading(f"The base model of the checkpoint '{name}'", advice):
         return StableDiffusionXLPipeline.from_pretrained(
             folder, dtype=dtypes, use_safetensors=True, **{"add_watermarker": False} | options
         )
@@ -267,13 +281,21 @@ def write(
         options: of diffusers' `save_pretrained`: max_shard_size, variant.
 
     Raises:
-        InputError: a LoRA lies over a part, so that its file could not be read again.
+        InputError: a LoRA lies over a part, so that its file could not be read again; there can be no such folder.
     """
+    check_dtype(dtype)
+    if (variant := options.get("variant")) is not None and not re.fullmatch(r"[\w.-]+", str(variant)):
+        raise InputError(f"A variant is a word in the names of files, such as 'fp16', and cannot be {variant!r}.")
     ready = {name: _to_save(name, part, dtype) for name, part in parts.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    variant = options.get("variant")
-    for part in (*BASE_CLASSES, *WEIGHTS):  # of weights in pieces that lie there; what is in one would not be found
-        for index in place_of(folder, part).glob(f"*.index.{variant}.json" if variant else "*.safetensors.index.json"):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"There can be no folder '{folder}' ({type(error).__name__}); choose another place."
+        ) from error
+    is_checkpoint = (folder / SETTINGS_NAME).is_file()  # any other folder may have things of such names
+    for name in (*BASE_CLASSES, *WEIGHTS):  # of weights in pieces that lie there; what is in one would not be found
+        for index in place_of(folder, name).glob(f"*.index.{variant}.json" if variant else "*.safetensors.index.json"):
             index.unlink()
     stock = StableDiffusionXLPipeline(
         **{name: ready[name] for name in BASE_PARTS},
@@ -284,7 +306,8 @@ def write(
     for name in OUR_PARTS:
         part, place = ready.get(name), place_of(folder, name)
         if part is None:
-            shutil.rmtree(place, ignore_errors=True)
+            if is_checkpoint and place.is_dir():
+                shutil.rmtree(place)
             continue
         if name in WEIGHTS:
             part.save_pretrained(place, **options)

@@ -24,7 +24,7 @@ from facesnap.attachment import alone_with, for_this_thread, parts_of
 from facesnap.clip import face_features
 from facesnap.components import Components
 from facesnap.errors import InputError
-from facesnap.faces import Face, cosine
+from facesnap.faces import Face, cosine, mean_direction
 from facesnap.ffrnet import Variant, attach
 from facesnap.geometry import in_crop
 from facesnap.heads import Head
@@ -377,21 +377,21 @@ class FaceSnapPipeline(Components):
                     unet.set_attn_processor(own)  # a PAG pipeline takes its own out only when it succeeds
                     raise
 
-    def identity_score(self, image: Picture, references: Sequence[Face]) -> float | None:
+    def identity_score(self, image: Picture, references: Sequence[Source]) -> float | None:
         """Cosine of the face in `image` to the references', by the recogniser that only scores.
 
-        Several references count as the mean of their directions. None: no face was found in `image`.
+        Several references, photos or their faces, count as the mean of their directions. None: no face in `image`.
         """
         try:
             face = self.face_analyser.analyse(open_image(image), portrait=True)
         except InputError:
             return None
-        own, *others = (self._score_embedding(f) for f in (face, *references))
-        return cosine(own, np.mean([other / np.linalg.norm(other) for other in others], axis=0))
+        own, *others = (self._score_embedding(self.analyse(f)) for f in (face, *references))
+        return cosine(own, mean_direction(others))
 
     def _score_embedding(self, face: Face) -> np.ndarray:
         # the crop is enough for 112 pixels of face, and a `Face` need not come with its picture
-        return self.scorer.embed(face.crop, in_crop(face.keypoints, face.box))
+        return self._part("scorer").embed(face.crop, in_crop(face.keypoints, face.box))
 
 
 def _control(drawing: np.ndarray) -> Tensor:

@@ -111,7 +111,8 @@ class Request:
         if (kind := stock.get("output_type", "pil")) not in OUTPUT_TYPES:
             raise InputError(f"There is no output type {kind!r}; {did_you_mean(kind, OUTPUT_TYPES)}")
         own_steps = next((given for name in ("timesteps", "sigmas") if (given := stock.get(name)) is not None), None)
-        steps = steps if own_steps is None else len(own_steps)
+        if own_steps is not None:
+            steps = _length(own_steps)
         prompts = _prompts(prompt, stock, settings.prompt)
         seeds, generator = _seeds(seed, len(prompts), stock)
         return cls(
@@ -128,6 +129,17 @@ class Request:
             scheduler=_scheduler(scheduler, own_scheduler, generator, steps),
             stock=stock | {"generator": generator},
         )
+
+
+def _length(own_steps: Any) -> int:
+    """How many steps a caller gave by timesteps or sigmas."""
+    try:
+        steps = len(own_steps)
+    except TypeError:  # a number, a tensor without an axis
+        steps = 0
+    if steps == 0:
+        raise InputError("Timesteps and sigmas must be a list, of one number at least.")
+    return steps
 
 
 def variant_of(variant: Variant | None, settings: Settings) -> Variant:
@@ -177,7 +189,9 @@ def with_stock_arguments(call: Call) -> Call:
 
 def _prompts(prompt: Any, stock: dict[str, Any], default: str) -> tuple[str, ...]:
     """The prompts, `default` for those without a word; none where ready embeddings take their place."""
-    if prompt is None and stock.get("prompt_embeds") is not None:
+    if prompt is None and (ready := stock.get("prompt_embeds")) is not None:
+        if not isinstance(ready, torch.Tensor):
+            raise InputError(f"The prompt_embeds must be a tensor, not {type(ready).__name__}.")
         return ()
     prompts = prompt if isinstance(prompt, list) else ["" if prompt is None else prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
@@ -203,6 +217,10 @@ def _scheduler(name: str | None, own: Any, generator: Any, steps: int) -> Any:
     """A scheduler for one call: by its name, with the configuration of the pipeline's own, or a copy of that."""
     if name is None:
         made = copy.deepcopy(own)
+    elif not isinstance(name, str):
+        raise InputError(
+            f"A sampler is chosen by its name, not by a {type(name).__name__}: set pipe.scheduler for one of your own."
+        )
     elif name in SCHEDULERS:
         kind, options = SCHEDULERS[name]
         made = kind.from_config(own.config, **options)

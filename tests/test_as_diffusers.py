@@ -167,7 +167,44 @@ def test_a_call_with_an_output_type_that_there_is_not(pipe):
         portrait(pipe, output_type="numpy")
 
 
-@pytest.mark.parametrize(("part", "kind"), [("mixer", "module"), ("vae", "module"), ("scorer", "'embed'")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"timesteps": []}, "must be a list, of one number at least"),
+        ({"sigmas": 5}, "must be a list, of one number at least"),
+        ({"scheduler": DDIMScheduler()}, "chosen by its name, not by a DDIMScheduler"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused_in_words(pipe, arguments, said):
+    with pytest.raises(InputError, match=said):
+        portrait(pipe, **arguments)
+
+
+def test_embeddings_that_are_no_tensor_are_refused_in_words(pipe):
+    with pytest.raises(InputError, match="prompt_embeds must be a tensor, not int"):
+        pipe(reference=photo(1), prompt_embeds=5)
+
+
+def test_photos_are_scored_against_photos_and_never_against_nothing(pipe):
+    picture = portrait(pipe).images[0]
+    photos, faces = ([photo(1), photo(2)], [pipe.analyse(photo(1)), pipe.analyse(photo(2))])
+    assert pipe.identity_score(picture, photos) == pipe.identity_score(picture, faces)
+    with pytest.raises(InputError, match="no reference to compare with"):
+        pipe.identity_score(picture, [])
+    bare = FaceSnapPipeline.from_pipe(pipe, scorer=None)
+    with pytest.raises(InputError, match="has no scorer"):
+        bare.identity_score(picture, faces)
+
+
+@pytest.mark.parametrize("other", [None, "runwayml", torch.nn.Linear(1, 1)])
+def test_from_pipe_of_what_is_no_sdxl_pipeline_says_what_it_lacks(other):
+    with pytest.raises(InputError, match=f"takes an SDXL pipeline; this {type(other).__name__} has no vae"):
+        FaceSnapPipeline.from_pipe(other)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("mixer", "module"), ("vae", "module"), ("scorer", "'embed'"), ("scheduler", "'set_timesteps'")]
+)
 def test_components_of_a_wrong_kind_are_named(pipe, part, kind):
     with pytest.raises(InputError, match=f"The {part} must .*{kind}"):
         FaceSnapPipeline.from_pipe(pipe, **{part: 3})

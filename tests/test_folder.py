@@ -97,6 +97,48 @@ def test_both_names_of_the_dtype_are_known(saved, tiny_readers, name):
     assert {part.dtype for part in again.components.values() if isinstance(part, torch.nn.Module)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dtype": "bfloat16"}, "The dtype is 'bfloat16'; give one of torch's"),
+        ({"dtype": {"unett": torch.float16}}, "no part 'unett' to have a dtype; did you mean 'unet'"),
+        ({"device_map": "auto"}, "or leave out device_map"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_not_taken_for_damage(saved, tiny_readers, arguments, said):
+    with pytest.raises(InputError, match=said):
+        FaceSnapPipeline.from_pretrained(saved, **arguments)
+
+
+@pytest.mark.parametrize("name", [None, 5, "a" * 5000])
+def test_what_names_no_folder_is_said(name):
+    with pytest.raises(InputError, match="named by its folder or its Hub id|There is no folder"):
+        FaceSnapPipeline.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "said"),
+    [
+        ("file", {}, "There can be no folder '.*file' .FileExistsError"),
+        ("file/x", {}, "There can be no folder '.*x' .NotADirectoryError"),
+        ("new", {"variant": "a/b"}, "cannot be 'a/b'"),
+        ("new", {"dtype": "float16"}, "The dtype is 'float16'"),
+    ],
+)
+def test_what_cannot_be_saved_so_is_said(pipe, tmp_path, place, options, said):
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(InputError, match=said):
+        pipe.save_pretrained(tmp_path / place, **options)
+
+
+def test_saving_deletes_nothing_of_a_folder_that_is_no_checkpoint(tmp_path):
+    pipe = tiny_pipeline()
+    (tmp_path / "scorer").mkdir()
+    pipe.register_modules(scorer=None)
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "scorer").is_dir()
+
+
 def test_files_of_a_variant_are_written_and_read(tmp_path, tiny_readers):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path, variant="fp16", dtype=torch.float16)

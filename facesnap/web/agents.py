@@ -32,7 +32,7 @@ def check_message(body: bytes) -> None:
     except ValueError:
         if type(message) is types.JSONRPCNotification:  # which wants no answer
             raise Refused(b"", 202) from None
-        raise _refused(NO_MESSAGE, message.id, 200) from None
+        raise _refused(NO_MESSAGE, getattr(message, "id", None), 200) from None
 
 
 def _refused(words: str, number: Any = "server-error", status: int = 400) -> Refused:

@@ -245,3 +245,10 @@ def test_styles_put_words_around_the_prompt(files):
 @pytest.mark.parametrize(("aspect", "wanted"), [("1:1", (1024, 1024)), ("3:4", (896, 1152)), ("3:2", (1280, 832))])
 def test_aspects_keep_the_area(aspect, wanted):
     assert frame(aspect, 1024, 64) == wanted
+
+
+def test_a_box_that_was_emptied_is_the_default_and_no_size_is_said():
+    assert PortraitRequest.of_photos((), yaw=None, style=None) == PortraitRequest()
+    for aspect, side in (("1:1", None), ("1:1", float("nan")), ("5:1", 1024), (None, 1024)):
+        with pytest.raises(InputError, match="size must be a number of pixels, and the aspect one of 1:1"):
+            frame(aspect, side, 64)

@@ -177,11 +177,11 @@ class PortraitRequest:
 
     @classmethod
     def of_photos(cls, photos: Sequence[str], **rest: Any) -> PortraitRequest:
-        """The same with the references as one list. InputError where they are too many."""
+        """The same with the references as one list; None is the default. InputError where they are too many."""
         if (count := len(photos)) > MAX_REFERENCES:
             raise InputError(f"There are {count} photos; choose at most {MAX_REFERENCES} of one person.")
         references: dict[str, Any] = dict(zip(REFERENCES, photos, strict=False))
-        return cls(**references, **rest)
+        return cls(**references, **{name: value for name, value in rest.items() if value is not None})
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> PortraitRequest:
@@ -270,7 +270,9 @@ def preset(name: str, settings: Any) -> dict[str, Any]:
 
 
 def frame(aspect: str, side: float, factor: int) -> tuple[int, int]:
-    """(width, height) of an aspect with the area of side², both multiples of `factor`."""
+    """(width, height) of an aspect with the area of side², both multiples of `factor`. InputError for what is none."""
+    if aspect not in ASPECTS or not isinstance(side, numbers.Real) or not 0 < side < 1e6:  # nor is NaN
+        raise InputError(f"The size must be a number of pixels, and the aspect one of {', '.join(ASPECTS)}.")
     root = ASPECTS[aspect] ** 0.5
     return factor * round(side * root / factor), factor * round(side / root / factor)
 

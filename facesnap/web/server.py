@@ -76,7 +76,11 @@ class Blocks(gr.Blocks):
         """What no page would have sent to one of its own events is the sender's fault, and nothing for the log."""
         try:
             return await super().preprocess_data(*args, **kwargs)
-        except (gr.Error, OSError):
+        except gr.Error as error:
+            if "(type: <class" in str(error.message):  # of a choice that there is not, and so no page's
+                raise InputError(MALFORMED) from None
+            raise
+        except OSError:
             raise
         except Exception:
             raise InputError(MALFORMED) from None
@@ -88,7 +92,7 @@ def _refuse_forged(block_fn: Any, event_data: Any) -> None:
         raise InputError(MALFORMED)
     if gr.SelectData in get_type_hints(block_fn.fn).values():
         chosen = event_data._data if event_data is not None else None
-        if not isinstance(chosen, dict) or not isinstance(chosen.get("index"), int):
+        if not isinstance(chosen, dict) or type(chosen.get("index")) is not int or "value" not in chosen:
             raise InputError(MALFORMED)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from served import wait_for
 
 from facesnap.errors import InputError
-from facesnap.web import uploads
+from facesnap.web import endpoints, uploads
 from facesnap.web.request import SPECS
 
 
@@ -116,6 +116,13 @@ def test_an_upload_without_a_name_is_refused_in_words(page):
     assert answer.status_code == 400 and answer.text.startswith("Nothing was uploaded")
 
 
+@pytest.mark.parametrize("part", ["bytes=0-5,7-9", "bytes=words"])
+def test_several_parts_of_a_file_are_all_of_it(page, files, part):
+    whole = Path(files.ann).read_bytes()
+    answer = HTTP.get(f"{page.url}gradio_api/file={uploaded(page, files.ann)}", headers={"range": part})
+    assert answer.status_code == 200 and answer.content == whole
+
+
 def test_of_several_streams_of_one_session_none_breaks(page, capfd):
     address, one = f"{page.url}gradio_api/queue/data", {"session_hash": "twice"}
     page.pipe.fresh()
@@ -159,6 +166,17 @@ def test_what_is_no_message_of_an_agent_is_refused_and_not_logged(page, message,
     answer = HTTP.post(f"{page.url}gradio_api/mcp/", content=message, headers=headers)
     assert answer.status_code == status and said in answer.text
     assert not re.search("SECRET|Traceback|pydantic", "".join(capfd.readouterr()))
+
+
+def test_agents_are_told_apart_by_their_addresses(page, monkeypatch):
+    pytest.importorskip("mcp", reason='the MCP server needs its extra: pip install "gradio[mcp]"')
+    seen, tell = [], endpoints.visitor_of
+    monkeypatch.setattr(endpoints, "visitor_of", lambda request: seen.append(tell(request)) or seen[-1])
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "preview", "arguments": {}}}
+    for address in ("8.8.8.8", "9.9.9.9"):
+        headers = {"accept": "application/json, text/event-stream", "x-forwarded-for": f"1.1.1.1, {address}"}
+        assert "There is no photo yet" in HTTP.post(f"{page.url}gradio_api/mcp/", json=call, headers=headers).text
+    assert [visitor.address for visitor in seen] == ["8.8.8.8", "9.9.9.9"]
 
 
 def test_consent_and_limits_hold_on_the_route_itself(page, files):

@@ -95,7 +95,7 @@ class Door:
                     scope = _forwarded(scope)
                 if scope["method"] == "POST":
                     receive = await self._received(route, receive, _address_of(scope))
-                await self.app(scope, receive, answer)
+                await self.app(_whole(scope), receive, answer)
         except Refused as error:
             await answer.give(error.body, error.status)
         except InputError as error:
@@ -238,6 +238,12 @@ def _is_shut(path: str, route: Sequence[str], scope: Mapping[str, Any]) -> bool:
     if any(len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in path.split("/")):
         return True
     return path == "/" and "page" in _query(scope)
+
+
+def _whole(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A request for several parts of a file, which Gradio cannot cut out, or for none, as one for all of it."""
+    headers = [(k, v) for k, v in scope.get("headers", []) if k != b"range" or re.fullmatch(rb"bytes=\d*-\d*", v)]
+    return {**scope, "headers": headers}
 
 
 def _query(scope: Mapping[str, Any]) -> dict[str, list[Any]]:

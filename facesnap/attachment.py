@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from facesnap.errors import InputError
+
 # Of each part of the UNet's batch, whether it is conditional, or a function asked for that at every call
 Parts = Sequence[bool] | Callable[[], Sequence[bool]]
 UNGUIDED: tuple[bool, ...] = (True,)
@@ -22,6 +24,13 @@ def parts_of(pipeline: Any) -> tuple[bool, ...]:
     whose attention PAG perturbs last."""
     perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
     return (False,) * bool(pipeline.do_classifier_free_guidance) + (True,) * (2 if perturbed else 1)
+
+
+def unet_of(pipeline: Any) -> Any:
+    """The UNet of any SDXL pipeline; InputError for what has none."""
+    if (unet := getattr(pipeline, "unet", None)) is None:
+        raise InputError(f"An SDXL pipeline is wanted; this {type(pipeline).__name__} has no unet.")
+    return unet
 
 
 def asked(parts: Parts) -> tuple[bool, ...]:

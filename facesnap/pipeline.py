@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from facesnap import landmarks as landmarks72
-from facesnap.attachment import alone_with, for_this_thread, parts_of
+from facesnap.attachment import alone_with, for_this_thread, parts_of, unet_of
 from facesnap.clip import face_features
 from facesnap.components import Components
 from facesnap.errors import InputError
@@ -319,7 +319,7 @@ class FaceSnapPipeline(Components):
             elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
             where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
             raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}{where}")
-        if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
+        if self._execution_device.type == "cpu" and self._part("unet").dtype == torch.float16:
             raise InputError(
                 "The model's weights are in half precision, in which a CPU is many times slower; load it with "
                 "dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
@@ -357,7 +357,7 @@ class FaceSnapPipeline(Components):
         """
         variant = options["variant"] = variant_of(options.get("variant"), self.settings)
         preview = self.preview(reference, pose, size, variant=variant)
-        unet = pipeline.unet
+        unet = unet_of(pipeline)
         own = dict(unet.attn_processors)
         with alone_with(unet, self.ffrnet, self.mixer):
             mixed = self.mix(preview.reference_faces)

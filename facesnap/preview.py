@@ -42,6 +42,8 @@ class Change:
             check_number(name, degrees, -MAX_TURN, MAX_TURN)
         if self.expression not in get_args(Expression):
             raise InputError(f"There is no expression {self.expression!r}; choose pose, reference or neutral.")
+        if not isinstance(self.expressions, Mapping | None):
+            raise InputError('The expressions must be names with weights, such as {"smile": 0.5}.')
         for name, weight in (self.expressions or {}).items():
             check_number(f"expression {shown(name)!r}", weight, -1, 1)
 

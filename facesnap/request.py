@@ -21,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from facesnap.errors import InputError, check_number, did_you_mean
+from facesnap.errors import InputError, check_number, did_you_mean, shown
 from facesnap.ffrnet import VARIANTS, Variant
 from facesnap.folder import Settings
 from facesnap.speed import Preset, Speed, chosen
@@ -151,6 +151,8 @@ def variant_of(variant: Variant | None, settings: Settings) -> Variant:
 
 def frame_size(size: tuple[int | None, int | None], settings: Settings, factor: int) -> tuple[int, int]:
     """(height, width), the checkpoint's where None; InputError unless they are multiples of the VAE's factor."""
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise InputError(f"The size is {shown(size)}; it must be two whole numbers, (height, width).")
     sides = []
     for name, given in zip(("height", "width"), size, strict=True):
         side = settings.size if given is None else given

@@ -180,6 +180,14 @@ def test_arguments_of_a_wrong_kind_are_refused_in_words(pipe, arguments, said):
         portrait(pipe, **arguments)
 
 
+def test_a_pipeline_without_a_unet_says_so(pipe, tmp_path, tiny_readers):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no unet"):
+        portrait(FaceSnapPipeline.from_pretrained(tmp_path, unet=None))
+    with pytest.raises(InputError, match="this str has no unet"), pipe.attached_to("words", photo(1)):
+        pass
+
+
 def test_embeddings_that_are_no_tensor_are_refused_in_words(pipe):
     with pytest.raises(InputError, match="prompt_embeds must be a tensor, not int"):
         pipe(reference=photo(1), prompt_embeds=5)

@@ -59,6 +59,9 @@ def test_refused_with_a_sentence(pipe, arguments, sentence):
         ({"expression": "angry"}, "no expression 'angry'; choose pose, reference or neutral"),
         ({"yaw": 90}, "yaw is 90; choose a number from -60.0 to 60.0"),
         ({"head_size": 0}, "head size is 0; choose a number from 0.5 to 2"),
+        ({"size": 64}, "The size is 64; it must be two whole numbers"),
+        ({"size": "64"}, "The size is 64; it must be two whole numbers"),
+        ({"expressions": ["smile"]}, "must be names with weights"),
         ({"pose": np.zeros((72, 2), np.float32), "roll": 5}, "followed as they are"),
     ],
 )

@@ -39,8 +39,12 @@ from facesnap.heads import HeadModel
 from facesnap.mixer import FacialAttributeMixer
 
 DOES = {  # the parts that are no torch modules
-    **{"face_analyser": "analyse", "head_model": "points", "scorer": "embed"},
-    **{"scheduler": "set_timesteps", "tokenizer": "tokenize", "tokenizer_2": "tokenize"},
+    "face_analyser": "analyse",
+    "head_model": "points",
+    "scorer": "embed",
+    "scheduler": "set_timesteps",
+    "tokenizer": "tokenize",
+    "tokenizer_2": "tokenize",
 }
 OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
 

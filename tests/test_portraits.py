@@ -217,6 +217,18 @@ def test_some_references_come_with_a_strangers_embedding_and_their_own_picture(m
     assert all(row.tobytes() in known for row in batch["embeddings"].flatten(0, 1).numpy())
 
 
+def test_pictures_with_glasses_are_drawn_more_often(make_stage, people):
+    wears = {
+        f"{person:07d}_{index:02d}": attributes["glasses"] != "none"
+        for person, index, attributes in zip(people.person, people.index, people.attributes, strict=True)
+    }
+    odds = []
+    for often in (1.0, 3.0):
+        seen = [wears[key] for key in drawn(make_stage(config={"batch_size": 1000, "glasses": often}))["keys"]]
+        odds.append(sum(seen) / (len(seen) - sum(seen)))
+    assert 2.4 < odds[1] / odds[0] < 3.6
+
+
 def test_processes_share_out_the_noise_levels(make_stage, monkeypatch):
     stage = make_stage(joint=True)
     batch, seen = drawn(stage), []

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from facesnap.errors import InputError, did_you_mean, shown
-from facesnap.web.door import Refused
+from facesnap.web.door import Refused, refuse_unknown
 from facesnap.web.endpoints import PARAMETERS
 from facesnap.web.request import SPECS, PortraitRequest
 
@@ -79,10 +79,7 @@ def answer_in_words(mcp: Any, settings: Any) -> None:
 def _check_call(tools: dict[str, str], tool: str, given: dict[str, Any], settings: Any) -> None:
     if tool not in tools:
         raise InputError(f"There is no tool {shown(tool)!r}; {did_you_mean(tool, tools)}")
-    known = PARAMETERS[tools[tool].lstrip("/")]
-    for name in given:
-        if name not in known:
-            raise InputError(f"There is no parameter {shown(name)!r}; {did_you_mean(name, known)}")
+    refuse_unknown(given, PARAMETERS[tools[tool].lstrip("/")])
     request = PortraitRequest.parse(given)
     for name in given:
         request.check_value(name, settings)

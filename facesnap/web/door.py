@@ -9,7 +9,7 @@ import html
 import ipaddress
 import json
 import re
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -182,11 +182,16 @@ class Door:
             raise InputError(f"There is no endpoint {shown(name)!r}; {did_you_mean(name, self.endpoints)}")
         known = self.endpoints[name]
         if by_name:
-            for key in given:
-                if key not in known and key != "oauth_token":
-                    raise InputError(f"There is no parameter {shown(key)!r}; {did_you_mean(key, known)}")
+            refuse_unknown([key for key in given if key != "oauth_token"], known)
         elif not isinstance(given.get("data"), list) or len(given["data"]) != len(known):
             raise InputError(f'The request must have "data", a list of {len(known)} values: {", ".join(known)}.')
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+    """InputError for the first of the names that is no parameter."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"There is no parameter {shown(name)!r}; {did_you_mean(name, known)}")
 
 
 class _Answer:

@@ -11,12 +11,16 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from facesnap.errors import InputError
+from facesnap.errors import InputError, shown
 
 # Of each part of the UNet's batch, whether it is conditional, or a function asked for that at every call
 Parts = Sequence[bool] | Callable[[], Sequence[bool]]
 UNGUIDED: tuple[bool, ...] = (True,)
 GUIDED: tuple[bool, ...] = (False, True)
+SHAPE = (  # of a UNet's configuration, what must be our base's for its residuals and tokens to fit
+    "out_channels", "block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
+    "addition_embed_type", "projection_class_embeddings_input_dim",
+)  # fmt: skip
 
 
 def parts_of(pipeline: Any) -> tuple[bool, ...]:
@@ -26,10 +30,18 @@ def parts_of(pipeline: Any) -> tuple[bool, ...]:
     return (False,) * bool(pipeline.do_classifier_free_guidance) + (True,) * (2 if perturbed else 1)
 
 
-def unet_of(pipeline: Any) -> Any:
-    """The UNet of any SDXL pipeline; InputError for what has none."""
+def unet_of(pipeline: Any, like: Any) -> Any:
+    """The UNet of any SDXL pipeline. Raises InputError where there is none, or none of the shape of UNet `like`; an
+    inpainting UNet's further channels do not matter."""
     if (unet := getattr(pipeline, "unet", None)) is None:
         raise InputError(f"An SDXL pipeline is wanted; this {type(pipeline).__name__} has no unet.")
+    for key in SHAPE:
+        theirs, ours = getattr(unet.config, key, None), getattr(like.config, key)
+        if theirs != ours:
+            raise InputError(
+                f"The UNet of this {type(pipeline).__name__} is of another kind than our base: its {key} is "
+                f"{shown(theirs)}, ours {shown(ours)}."
+            )
     return unet
 
 

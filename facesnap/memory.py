@@ -92,8 +92,10 @@ def offload_to_disk(pipe: Any, folder: Path, exclude: Sequence[str] = (), **opti
     exclude: parts that stay on the device. options: of diffusers' `apply_group_offloading`.
 
     Raises:
-        InputError: `folder` holds weights already, which diffusers would take for this pipeline's.
+        InputError: `folder` is a file, or holds weights already, which diffusers would take for this pipeline's.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError("The place for offloaded weights is a file; give a folder.")
     if any(folder.glob("*/group_*.safetensors")):
         raise InputError("The folder for offloaded weights holds some already, maybe of another model; empty it first.")
     for name, module in _modules(pipe).items():

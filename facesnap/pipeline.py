@@ -36,6 +36,7 @@ from facesnap.preview import preview as preview_of
 from facesnap.request import (
     STOCK_ARGUMENTS,
     Request,
+    check_scales,
     frame_size,
     unread_words,
     variant_of,
@@ -117,7 +118,7 @@ class FaceSnapPipeline(Components):
             reference: 1 to 4 photos of one person: paths, bytes, PIL images, arrays or analysed `Face`s.
             pose: how the head is held: None (turned and looking as in the first reference, as large and where a
                 portrait has it), a photo of anybody (which says size and place too), the name of a template, a
-                `Head`, or landmarks (72, 2) in pixels of the output frame.
+                `Head`, or landmarks in pixels of the output frame: (72, 2), or iBUG's (68, 2).
             size: (height, width) of the portrait; the checkpoint's by default.
             expression: whose the face shows: the pose's, that of the first reference, or none ("neutral").
             expression_strength: 0–2, weight of that expression; at 0 the face is neutral.
@@ -353,11 +354,12 @@ class FaceSnapPipeline(Components):
             pipeline: a stock pipeline (image-to-image, inpainting, …) whose UNet has our base's shape; an
                 inpainting UNet's further channels do not matter. It may share this pipeline's modules.
             reference, pose, size: as in `preview`; `size` is that of the picture that `pipeline` makes.
-            options: of `facesnap.ffrnet.attach`, such as identity_scale or variant.
+            options: of `facesnap.ffrnet.attach`, such as variant or the three scales, each within 0–2.
         """
+        unet = unet_of(pipeline, like=self._part("unet"))
+        check_scales(options)
         variant = options["variant"] = variant_of(options.get("variant"), self.settings)
         preview = self.preview(reference, pose, size, variant=variant)
-        unet = unet_of(pipeline)
         own = dict(unet.attn_processors)
         with alone_with(unet, self.ffrnet, self.mixer):
             mixed = self.mix(preview.reference_faces)

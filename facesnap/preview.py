@@ -163,14 +163,19 @@ def _given_landmarks(pose: np.ndarray, change: Change) -> np.ndarray:
     turned = replace(change, expression_strength=1.0, expressions=None) != Change()
     if turned or any((change.expressions or {}).values()):
         raise InputError("Landmarks are followed as they are; turn and resize them yourself.")
-    points = np.asarray(pose, dtype=np.float32)
-    if not np.isfinite(points).all():
+    if pose.shape not in ((landmarks72.NUM, 2), (len(landmarks72.TO_68), 2)):
+        raise InputError(
+            f"The pose is an array of {' × '.join(map(str, pose.shape))}: landmarks are 72 points (72, 2), or iBUG's "
+            "68 (68, 2), in pixels."
+        )
+    if not np.issubdtype(pose.dtype, np.number) or not np.isfinite(points := pose.astype(np.float32)).all():
         raise InputError("The pose landmarks hold values that are not numbers; give 72 points in pixels.")
-    return points
+    return points if len(points) == landmarks72.NUM else landmarks72.from_68(points)
 
 
 def _are_landmarks(pose: Any) -> bool:
-    return isinstance(pose, np.ndarray) and pose.shape == (landmarks72.NUM, 2)
+    """Whether an array means points: no picture is two or three pixels wide."""
+    return isinstance(pose, np.ndarray) and pose.ndim == 2 and pose.shape[1] in (2, 3)
 
 
 def _names_picture(pose: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ MAX_SIDE = 4096
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_PICTURES = 64  # of one prompt
+SCALES = {"identity_scale": "identity scale", "landmark_scale": "landmark scale", "scale": "FFRNet scale"}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STOCK_ARGUMENTS = {*inspect.signature(StableDiffusionXLPipeline.__call__).parameters, "callback", "callback_steps"}
 
@@ -101,9 +102,7 @@ class Request:
         guidance = settings.guidance if guidance_scale is None else guidance_scale
         check_number("number of steps", steps, 1, MAX_STEPS, whole=True)
         check_number("guidance scale", guidance, 0, MAX_GUIDANCE)
-        check_number("identity scale", identity_scale, 0, 2)
-        check_number("landmark scale", landmark_scale, 0, 2)
-        check_number("FFRNet scale", ffrnet_scale, 0, 2)
+        check_scales({"identity_scale": identity_scale, "landmark_scale": landmark_scale, "scale": ffrnet_scale})
         speed = chosen(preset, ffrnet_every=ffrnet_every, ffrnet_end=ffrnet_end, guidance_end=guidance_end)
         check_number("interval of FFRNet's steps", speed.ffrnet_every, 1, MAX_STEPS, whole=True)
         check_number("end of FFRNet", speed.ffrnet_end, 0, 1)
@@ -140,6 +139,12 @@ def _length(own_steps: Any) -> int:
     if steps == 0:
         raise InputError("Timesteps and sigmas must be a list, of one number at least.")
     return steps
+
+
+def check_scales(options: Mapping[str, Any]) -> None:
+    """InputError where one of `attach`'s scales is not within 0–2; other options are passed over."""
+    for name in SCALES.keys() & options.keys():
+        check_number(SCALES[name], options[name], 0, 2)
 
 
 def variant_of(variant: Variant | None, settings: Settings) -> Variant:

@@ -144,6 +144,9 @@ def test_groups_of_all_parts_go_to_one_folder(pipe, tmp_path, groups):
     np.testing.assert_allclose(portrait(ours, output_type="np").images, expected, atol=1e-5)
     with pytest.raises(InputError, match="holds some already, maybe of another model; empty it first"):
         tiny_pipeline().enable_group_offload("cpu", offload_to_disk_path=str(tmp_path), **groups)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file; give a folder"):
+        tiny_pipeline().enable_group_offload("cpu", offload_to_disk_path=str(tmp_path / "file"), **groups)
 
 
 # ---------------------------------------------------------------------- parts

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from tiny import SIZE, photo, tiny_pipeline
 from tiny_instantid import tiny_instantid
 
@@ -134,6 +134,28 @@ def test_a_stock_pipeline_with_instantid_attached_makes_its_portrait(instantid, 
     with instantid.attached_to(other, ALICE, BOB, **rest) as preview:
         torch.testing.assert_close(run(other), own)
     assert preview.drawing.shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scale": 5}, "The FFRNet scale is 5; choose a number from 0 to 2"),
+        ({"identity_scale": float("nan")}, "The identity scale is nan"),
+        ({"landmark_scale": "1"}, "The landmark scale is 1; choose a number"),
+    ],
+)
+def test_scales_of_an_attachment_have_the_bounds_of_a_call(pipe, options, said):
+    with pytest.raises(InputError, match=said), pipe.attached_to(stock(pipe), ALICE, "front", **options):
+        pass
+
+
+def test_a_unet_of_another_shape_is_refused_by_what_differs(pipe):
+    """The refiner's, one of few channels, of another latent space."""
+    other, config = stock(pipe), dict(pipe.unet.config)
+    for key, value in {"cross_attention_dim": 8, "out_channels": 7}.items():
+        other.unet = UNet2DConditionModel.from_config(config | {key: value})
+        with pytest.raises(InputError, match=f"another kind than our base: its {key} is {value}"):
+            pipe.attached_to(other, ALICE, "front").__enter__()
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])

@@ -15,6 +15,7 @@ from facesnap.attachment import parts_of
 from facesnap.errors import InputError
 from facesnap.ffrnet import attach
 from facesnap.folder import BASE_PARTS
+from facesnap.landmarks import to_68
 from facesnap.pipeline import FaceSnapPipeline
 
 # refusals -----------------------------------------------------------------------------------------------
@@ -46,6 +47,9 @@ from facesnap.pipeline import FaceSnapPipeline
         ({"pose": "x" * 5000}, f"There is no pose template '{60 * 'x'}…'"),
         ({"pose": "pose.jpg"}, "The picture 'pose.jpg' cannot be read: give an existing image file"),
         ({"pose": np.full((72, 2), np.nan, np.float32)}, "not numbers"),
+        ({"pose": np.full((72, 2), "x")}, "not numbers"),
+        ({"pose": np.zeros((72, 3))}, "an array of 72 × 3: landmarks are 72 points"),
+        ({"pose": np.zeros((5, 2))}, "an array of 5 × 2"),
     ],
 )
 def test_refused_with_a_sentence(pipe, arguments, sentence):
@@ -68,6 +72,12 @@ def test_refused_with_a_sentence(pipe, arguments, sentence):
 def test_previews_are_refused_with_a_sentence(pipe, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         pipe.preview(ALICE, **arguments)
+
+
+def test_ibugs_68_points_are_landmarks_too(pipe):
+    points = np.random.default_rng(0).integers(0, SIZE, (68, 2))
+    found = pipe.preview(ALICE, points).landmarks
+    assert found.shape == (72, 2) and np.array_equal(to_68(found), points)
 
 
 def test_empty_prompt_is_a_prompt(pipe):

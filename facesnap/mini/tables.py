@@ -108,12 +108,12 @@ def fresh(parts: dict[str, Any], mixer: str) -> dict[str, Any]:
     return parts | {"mixer": FacialAttributeMixer.from_config(parts["mixer"].config, variant=mixer), "ffrnet": ffrnet}
 
 
-def write_model(run: Run, row: TableRow, place: Path, out: Path) -> None:
-    """A FaceSnap folder of a training's parts; the rest is the work folder's."""
+def write_model(run: Run, trained: Path, out: Path, name: str, variant: Variant = "predicted") -> None:
+    """A FaceSnap folder of the parts that a training left; the rest is the work folder's."""
     vae = AutoencoderKL.from_pretrained(run.work / "vae", use_safetensors=True)
     pipe = make_pipe(
         vae,
-        load_parts(place / "parts"),
+        load_parts(trained),
         face_encoder=CLIPVisionModel.from_pretrained(
             run.work / "face_encoder", dtype=torch.float32, use_safetensors=True
         ),
@@ -121,7 +121,7 @@ def write_model(run: Run, row: TableRow, place: Path, out: Path) -> None:
         head_model=read_head(run.work / "head"),
         scorer=Recogniser(run.work / "scorer" / "recogniser.onnx"),
     )
-    pipe.settings = replace(pipe.settings, name=row.training, variant=row.trained_as)
+    pipe.settings = replace(pipe.settings, name=name, variant=variant)
 
     def save(draft: Path) -> None:
         pipe.save_pretrained(draft, dtype=torch.float16)
@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace) -> str | None:
             if not (place / "parts").is_dir():
                 train(work, row, seed, place, arguments.samples)
             if state.is_main_process and not (model / "facesnap.json").is_file():
-                write_model(work, row, place, model)
+                write_model(work, place / "parts", model, row.training, row.trained_as)
             state.wait_for_everyone()
             folders.append(out / "pictures" / folder_of(row, seed))
             method = "facesnap-driver" if row.variant == "driver" else "facesnap"

@@ -37,8 +37,9 @@ from facesnap.training.trainer import Batch, Stage, Trainer, TrainerConfig
 
 LATENT_CHANNELS = 32
 WIDTHS = (16, 16, 48, 96, 128)  # thin where the picture is large: that is where the time goes
-DECODER_NOISE = 0.05  # on latents of deviation 1: what a denoiser makes is not exact
-MOST_NOISE = 0.3  # the same where the encoder learns too, from none to this much over a batch, seldom much
+# Noise on the latents that are decoded, in deviations of theirs, from none to this much over a batch, seldom much: what
+# a denoiser makes is not exact
+MOST_NOISE = 0.3
 VALIDATION = 40  # one person in so many is never trained on
 
 
@@ -181,10 +182,11 @@ class VaeStage(Stage):
             posterior = self.vae.encode(images).latent_dist
             mean, logvar = posterior.mean, posterior.logvar.float()
             logs["kl"] = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
-            amount = MOST_NOISE * torch.linspace(0, 1, len(mean)).square()[:, None, None, None]
-            deviation = posterior.std + amount * mean.detach().float().std((0, 2, 3), keepdim=True)
+            own_deviation = posterior.std
         else:
-            mean, deviation = batch["latents"], DECODER_NOISE
+            mean, own_deviation = batch["latents"], 0
+        amount = MOST_NOISE * torch.linspace(0, 1, len(mean), device=images.device).square()[:, None, None, None]
+        deviation = own_deviation + amount * mean.detach().float().std((0, 2, 3), keepdim=True)
         # every process draws for all of them, and takes its part
         everyone, own = len(mean) * self.world, slice(self.rank, None, self.world)
         noise = torch.randn((everyone, *mean.shape[1:]), generator=generator, device=images.device)[own]

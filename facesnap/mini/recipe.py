@@ -218,15 +218,18 @@ def features(run: Run, minutes: float) -> None:
 
 
 def decoder(run: Run, minutes: float) -> None:
-    """The VAE's decoder goes on alone: by crops, then by whole pictures, whose edges a crop seldom shows."""
+    """The VAE's decoder goes on alone, asked for texture: by crops, then by whole pictures, whose edges a crop seldom
+    shows."""
+    features, critic = FaceFeatures.from_folder(run.work), PatchCritic()
     latents = np.load(run.work / "features" / "latents.npy", mmap_mode="r")
     place = run.work / "vae_critic_run" / "vae"
     place = place if place.is_dir() else run.work / "vae"  # of `unpack`
     for name, share, lr, crop, batch in (("crops", 0.8, 1e-3, 128, 8), ("whole", 0.2, 4e-4, SIZE, 2)):
         model = AutoencoderKL.from_pretrained(place, use_safetensors=True)
         place = train_vae(
-            run, f"decoder_{name}_run", model, share * minutes, lr=lr, crop=crop, batch=batch, latents=latents
-        )
+            run, f"decoder_{name}_run", model, share * minutes, lr=lr, crop=crop, batch=batch, latents=latents,
+            features=features, critic=critic,
+        )  # fmt: skip
     write_whole(run.work / "vae", lambda draft: shutil.copytree(place, draft))
 
 

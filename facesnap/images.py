@@ -23,6 +23,8 @@ pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=Fa
 # What a stranger may hand us: the formats of cameras, phones and the web, and nothing that Pillow runs as a
 # program.
 FORMATS = ("JPEG", "HEIF", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+# How their files are called, by which folders of photographs are searched
+ENDINGS = tuple(".jpg .jpeg .heic .heif .png .webp .gif .bmp .tif .tiff .avif .jp2".split())
 MAX_PIXELS = 51_000_000  # a phone's 50 megapixels are 8192 × 6144
 MAX_PIXELS_SHRUNK = 65_000_000  # of a JPEG, which is decoded at a part of its size: 64 megapixels are 9280 × 6944
 

@@ -1,6 +1,8 @@
 """plan, make, score: what is asked, who fills it, and that nothing wrong or missing is passed over in silence."""
 
+import importlib
 import json
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,12 +109,40 @@ def test_photographs_are_planned_with_their_own_truth_where_there_is_one(tmp_pat
         (lambda folder: folder.mkdir(), "holds no pictures"),
         (lambda folder: (folder / "ann").mkdir(parents=True), "no pictures of 'ann'"),
         (lambda folder: [folder.mkdir(), (folder / "a.png").write_bytes(b"no")], "'a.png' cannot be used"),
+        (
+            lambda folder: [(folder / "ann").mkdir(parents=True), (folder / "b.heic").touch()],
+            "beside them, .*b.heic",
+        ),
+        (lambda folder: [folder.mkdir(), *((folder / f"a.{e}").touch() for e in ("png", "jpg"))], "are called 'a'"),
     ],
 )
 def test_identities_that_cannot_be_are_named(tmp_path, make, words):
     make(tmp_path / "people")
     with pytest.raises(InputError, match=words):
         planned(tmp_path / "plan", "--identities", str(tmp_path / "people"), "--poses", "1")
+
+
+def test_other_photographs_or_prompts_are_another_plan_and_a_killed_one_keeps_its_settings(tmp_path):
+    people, prompts = tmp_path / "people", tmp_path / "prompts.txt"
+    people.mkdir()
+    Image.fromarray(photo(3)).save(people / "ann.png")
+    prompts.write_text("in the rain\n")
+    asked = ("--identities", str(people), "--poses", "1", "--prompts", str(prompts))
+    first = planned(tmp_path / "plan", *asked)
+    assert planned(tmp_path / "plan", *asked).digest == first.digest
+    prompts.write_text("by the sea\n")
+    with pytest.raises(InputError, match="holds another plan"):
+        planned(tmp_path / "plan", *asked)
+    (tmp_path / "plan" / plan.PLAN).rename(tmp_path / "plan" / plan.BEGUN)  # as a kill would have left it
+    with pytest.raises(InputError, match="holds another plan"):
+        planned(tmp_path / "plan", *asked)
+    prompts.write_text("in the rain\n")
+    assert planned(tmp_path / "plan", *asked).digest == first.digest
+    (tmp_path / "plan" / plan.PLAN).write_text("{")
+    with pytest.raises(InputError, match="'plan.json' in 'plan' is damaged"):
+        plan.read(tmp_path / "plan")
+    with pytest.raises(InputError, match="number of people is 0"):
+        planned(tmp_path / "none", "--people", "0", "--poses", "1")
 
 
 # ------------------------------------------------------------------------------------------------ making
@@ -159,6 +189,52 @@ def test_a_refusal_is_noted_and_counts_as_a_failure(rendered_plan, tmp_path, tin
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "ours" / "00000.png")
     failures, _ = score.check(tmp_path / "ours", rendered_plan, "refuse")
     assert len(failures) == 3 and "No face" in failures["00001.png"]
+
+
+def test_a_loop_of_ones_own_goes_on_after_a_kill_and_fills_one_plan_alone(rendered_plan, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("docs/methods")
+    filling = importlib.import_module("fill").fill
+    out, sizes = tmp_path / "theirs", []
+    monkeypatch.setattr("sys.argv", ["loop", str(rendered_plan.folder), str(out)])
+
+    def make(row, reference):
+        sizes.append(reference.size)
+        if row["file"] == "00001.png":
+            raise ValueError("no face")
+        return reference.resize((90, 90))
+
+    filling(make, "theirs")
+    assert len(sizes) == 4 and score.check(out, rendered_plan, "refuse")[0] == {"00001.png": "no face"}
+    (out / "made.jsonl").write_text((out / "made.jsonl").read_text()[:-5])  # a kill came in the middle of the last line
+    filling(make, "theirs")
+    assert len(sizes) == 5 and sorted(methods.made(out)) == ["00000.png", "00001.png", "00002.png"]
+    (out / "made.jsonl").write_text("00001.png\n")
+    with pytest.raises(InputError, match="Line 1 of made.jsonl in 'theirs' is not like"):
+        methods.made(out)
+    (out / "method.json").write_text('{"plan": "other"}')
+    with pytest.raises(SystemExit, match="'theirs' holds the pictures of another plan"):
+        filling(make, "theirs")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("photomaker", {"photomaker/__init__.py": "FaceAnalysis2 = reach; PhotoMakerStableDiffusionXLPipeline = 1; "
+         "analyze_faces = 1"}),
+        ("pulid", {"pulid/__init__.py": "", "pulid/attention_processor.py": "", "pulid/utils.py":
+         "resize_numpy_image_long = 1", "pulid/pipeline_v1_1.py": "PuLIDPipeline = reach"}),
+        ("consistentid", {"pipline_StableDiffusionXL_ConsistentID.py": "class ConsistentIDStableDiffusionXLPipeline:"
+         " from_pretrained = reach"}),
+    ],
+)  # fmt: skip
+def test_the_loops_of_other_methods_find_their_packages(name, files, tmp_path, monkeypatch):
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(f"def reach(*_, **__): raise SystemExit('reached')\n{text}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend("docs/methods")  # as Python puts a script's own folder first
+    with pytest.raises(SystemExit, match="reached"):
+        runpy.run_path(f"docs/methods/fill_{name}.py", run_name="__main__")
 
 
 def test_methods_that_cannot_be_are_named(rendered_plan, tmp_path, tiny_load):
@@ -252,6 +328,7 @@ class TinyExaminer:
         if np.ptp(picture) == 0:
             return {"found": False, "reason": "all grey", "vectors": {"features": looks.packed(colours)}}
         seen = {"points": np.zeros((72, 2)).tolist(), "angles": [1, 2, 3], "mouth": 0.1, "brows": 0.2, "sharpness": 4}
+        seen["size"] = list(picture.shape[:2])
         return {"found": True, **seen, "vectors": {name: looks.packed(colours) for name in ("features", "face C")}}
 
 
@@ -284,15 +361,11 @@ def test_pictures_that_another_process_left_unseen_are_missed(tmp_path, monkeypa
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
 
     class Two:
-        is_main_process, process_index = True, 0
+        # of one picture all is the other one's, which was killed
+        is_main_process, process_index, num_processes = True, 1, 2
 
         def wait_for_everyone(self):
             pass
-
-        def split_between_processes(self, items):
-            from contextlib import nullcontext
-
-            return nullcontext(items[:0])  # all of it was the other one's, which was killed
 
     monkeypatch.setattr(looks, "PartialState", Two)
     with pytest.raises(InputError, match="1 of 1 pictures were not looked at, such as a: a process was ended"):
@@ -341,6 +414,28 @@ def test_the_truth_scores_as_the_truth_and_greyness_as_failure(scored, filled, t
     assert rendered_plan.rows[0].prompt in page and "failed: not there" in page and "all grey" in page
     assert page.count("data:image/jpeg") == 4 * 4 + 4 * 4 - 1  # each row's four pictures, but for the missing one
     assert json.loads((tmp_path / "report" / "report.json").read_text())["plan"]["digest"] == rendered_plan.digest
+
+
+def test_a_figure_that_is_not_of_all_rows_says_so(scored, filled, tmp_path):
+    Image.new("RGB", (SIZE, SIZE), (60, 60, 60)).save(filled / "00002.png")  # no face at all
+    found = scored(filled)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| pose_error | 0.000 (0.000 to 0.000) of 3 |" in text
+    assert "no face was found" not in text
+    assert found["settings"]["real"] == "the plan's true pictures"
+    assert "text_accuracy" not in found["methods"]["ours"]  # nobody looked for what the prompts ask for
+    blind = found["plan"] | {"faceless": ["references/1.png"]}
+    assert "in 1 references, such as references/1.png, no face was found" in score.markdown(found | {"plan": blind})
+
+
+def test_real_pictures_that_are_not_there_are_named(scored, filled, tmp_path):
+    with pytest.raises(InputError, match="no folder 'photos' of real pictures"):
+        scored(filled, options=("--real", str(tmp_path / "photos")))
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="'photos' holds no real pictures"):
+        scored(filled, options=("--real", str(tmp_path / "photos")))
+    with pytest.raises(InputError, match="No method can be called 'real'"):
+        scored(filled.rename(tmp_path / "real"))
 
 
 def test_two_folders_of_one_name_and_a_method_of_one_picture_are_refused(scored, filled, tmp_path):

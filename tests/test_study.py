@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -160,6 +161,16 @@ def test_pictures_carry_pixels_alone_and_bad_requests_are_refused(served):
             ask(address + path, body, kind)
         assert refused.value.code in (400, 404)
     assert not told.answered
+
+
+def test_rows_that_a_method_failed_on_are_counted_and_not_asked_about(folders, tmp_path):
+    planned, methods = folders
+    failing = tmp_path / "failing"
+    shutil.copytree(methods[0], failing)
+    (failing / planned.rows[1].file).unlink()
+    (failing / "made.jsonl").write_text(json.dumps({"file": planned.rows[1].file, "failed": "no face"}) + "\n")
+    told = study.Study(planned, [failing, methods[1]], tmp_path / "answers.csv", 12)
+    assert told.left_out == 1 and {pair.row for pair in told.asked("ann")} == {0, 2, 3}
 
 
 def test_studies_that_cannot_be_are_named(folders, tmp_path):

@@ -1,7 +1,9 @@
 """Fills a method's folder from a plan (docs/evaluation.md). Needs nothing but Pillow, in any environment.
 
-`fill(make)` reads the arguments PLAN OUT, calls `make(row, reference)` for every row that has no picture yet, and
-notes seconds, peak memory and failures where `python -m facesnap.evaluation score` looks for them.
+`fill(make, name)` reads the arguments PLAN OUT, calls `make(row, reference)` for every row that has no picture yet,
+and notes seconds, peak memory and failures where `python -m facesnap.evaluation score` looks for them.
+
+A script that uses it must not be called like a package it imports: Python looks in the script's own folder first.
 """
 
 import argparse
@@ -25,7 +27,13 @@ def fill(make: Callable[[dict, Image.Image], Image.Image], name: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     files = json.loads((plan / "plan.json").read_text(encoding="utf-8"))["files"]
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-    (out / "method.json").write_text(json.dumps({"method": name, "plan": digest}), encoding="utf-8")
+    told, noted = out / "method.json", out / "made.jsonl"
+    if told.exists() and json.loads(told.read_text(encoding="utf-8"))["plan"] != digest:
+        raise SystemExit(f"'{out.name}' holds the pictures of another plan: give another folder.")
+    told.write_text(json.dumps({"method": name, "plan": digest}), encoding="utf-8")
+    if noted.exists():  # its last line may have been cut short by a kill
+        text = noted.read_text(encoding="utf-8")
+        noted.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with (plan / "manifest.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not (out / row["file"]).exists()]
     for k, row in enumerate(rows):
@@ -37,15 +45,19 @@ def fill(make: Callable[[dict, Image.Image], Image.Image], name: str) -> None:
         else:
             line["seconds"] = round(time.perf_counter() - start, 3)
             size = int(row["size"])
-            picture.resize((size, size), Image.Resampling.LANCZOS).save(out / row["file"])
+            draft = out / f".{row['file']}.part"  # so that a kill leaves no half picture under its name
+            picture.resize((size, size), Image.Resampling.LANCZOS).save(draft, format="PNG")
+            draft.replace(out / row["file"])
         if (peak := peak_gb()) is not None:
             line["peak_memory_gb"] = peak
-        with (out / "made.jsonl").open("a", encoding="utf-8") as file:
+        with noted.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{k + 1} of {len(rows)}: {line}", flush=True)
 
 
 def peak_gb() -> float | None:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     return round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None

@@ -8,6 +8,7 @@ methods on one set of pictures, and mean nothing beside anybody's FID.
 FID depends on the number of pictures: compare only figures of equally many. For 2048 features take 2048 or more.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +44,8 @@ class InceptionFeatures:
 
     def __init__(self, weights: Path, device: str = "cpu"):
         self.net = read_weights(InceptionV3(), weights, "the Inception weights of FID").to(device)
-        self.device, self.about = device, weights.name
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+        self.device, self.about = device, f"{weights.name}, {digest}"
 
     @torch.no_grad()
     def features(self, picture: np.ndarray) -> np.ndarray:

@@ -124,17 +124,17 @@ def look_at_all(
     keys = {digests[key]: key for key in pictures}  # one of each content
     known = known_looks(work, settings)
     state.wait_for_everyone()  # nobody may write a look that another still counts as waiting
-    with state.split_between_processes([one for one in keys if one not in known]) as mine:
-        if mine:
-            ledger = report.Ledger(work / f"looks.{state.process_index}.jsonl", settings)
-            examiner = examiner_of()
-            for one in tqdm(mine, desc="looking", unit="picture", disable=not state.is_main_process):
-                path = pictures[keys[one]]
-                try:
-                    picture = open_image(path)
-                except InputError as error:
-                    raise InputError(f"{keys[one]} is no picture: {error}") from error
-                ledger.put(one, examiner.look(picture))
+    waiting = [one for one in keys if one not in known]
+    if mine := waiting[state.process_index :: state.num_processes]:
+        ledger = report.Ledger(work / f"looks.{state.process_index}.jsonl", settings)
+        examiner = examiner_of()
+        for one in tqdm(mine, desc="looking", unit="picture", disable=not state.is_main_process):
+            path = pictures[keys[one]]
+            try:
+                picture = open_image(path)
+            except InputError as error:
+                raise InputError(f"{keys[one]} is no picture: {error}") from error
+            ledger.put(one, examiner.look(picture))
     state.wait_for_everyone()
     known = known_looks(work, settings)
     unseen = [key for key, one in digests.items() if one not in known]

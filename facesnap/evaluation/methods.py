@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from facesnap import checkpoints
-from facesnap.errors import InputError, did_you_mean
+from facesnap.errors import InputError, check_number, did_you_mean
 from facesnap.evaluation import plan as plans
 from facesnap.evaluation import report
 from facesnap.evaluation.plan import Plan, Row
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> dict[str, dict]:
     """Fills the folder, or the rest of it; the lines of all pictures of this process by file name."""
     if arguments.method not in METHODS:
         raise InputError(f"There is no method {arguments.method!r}; {did_you_mean(arguments.method, METHODS)}")
+    if arguments.steps is not None:
+        check_number("number of steps", arguments.steps, 1, 1000, whole=True)
     plan, out = plans.read(arguments.plan), arguments.out
     state = PartialState(cpu=arguments.device == "cpu")
     device = str(state.device) if arguments.device == "cuda" else arguments.device
@@ -76,10 +78,9 @@ def run(arguments: argparse.Namespace) -> dict[str, dict]:
     state.wait_for_everyone()
     known = made(out)
     waiting = [row for row in plan.rows if row.file not in known or not _is_there(out, known[row.file])]
-    with state.split_between_processes(waiting) as mine:
-        if mine:
-            maker = method(arguments, plan, device)
-            fill(out, mine, maker, state.process_index, device)
+    state.wait_for_everyone()  # nobody may note a picture that another still counts as waiting
+    if mine := waiting[state.process_index :: state.num_processes]:
+        fill(out, mine, method(arguments, plan, device), state.process_index, device)
     state.wait_for_everyone()
     return made(out)
 
@@ -95,13 +96,22 @@ def begin(out: Path, what: dict[str, Any]) -> None:
 
 
 def made(folder: Path) -> dict[str, dict]:
-    """What the lines of all processes say of the pictures, by file name; a line that a kill cut short is dropped."""
+    """What the lines of all processes say of the pictures, by file name; a line that a kill cut short is dropped.
+
+    Raises InputError for another line that says nothing of a file.
+    """
     found = {}
     for path in sorted(folder.glob(f"{MADE}*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
                 row = json.loads(line)
                 found[row["file"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    continue
+                example = '{"file": "00017.png", "failed": "no face"}'
+                raise InputError(f"Line {number} of {path.name} in '{folder.name}' is not like {example}.") from error
     return found
 
 

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict:
     predictor = LandmarkPredictor(from_pretrained(model / "head"))
     references, drivers = protocol.people(arguments.seed)
     if arguments.pairs > len(references):
-        raise ValueError(f"--pairs {arguments.pairs}: choose at most {len(references)}")
+        raise InputError(f"--pairs {arguments.pairs}: choose at most {len(references)}")
     for n in tqdm(range(arguments.pairs), desc="pairs", unit="pair"):
         if ledger.get(f"pair {n}") is None:
             pair = (turned_picture(references[n], 30), turned_picture(drivers[n], 31))
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = [ledger.rows[f"pair {n}"] for n in range(arguments.pairs)]
     measured = [row for row in rows if "fitted" in row]
     if not measured:
-        raise ValueError("the face pack found no face in any of the pairs, nothing can be compared")
+        raise InputError("the face pack found no face in any of the pairs, nothing can be compared")
     means = {name: float(np.mean([row[name] for row in measured])) for name in METHODS}
     known = np.array(known_parameters(predictor.model, arguments.seed))
     results = {

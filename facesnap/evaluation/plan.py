@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,13 +27,13 @@ from tqdm import tqdm
 
 from facesnap.errors import InputError, check_number
 from facesnap.evaluation import protocol, report
-from facesnap.images import open_image
+from facesnap.images import ENDINGS, open_image
 from facesnap.synthetic.people import Picture, sample_person, sample_picture
 from facesnap.templates import TEMPLATES, PoseTemplate
 
 MANIFEST, FACTS, PLAN = "manifest.csv", "facts.jsonl", "plan.json"
+BEGUN = "begun.json"  # the settings, until the plan is whole
 VERSION = 1
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 RENDERED_PROMPTS = 40  # drawn once, by a seed of their own: the list is the same for every seed of the plan
 
 # For photographs; what PhotoMaker's, InstantID's and PuLID's readers try: clothes, places, light, styles.
@@ -116,12 +117,16 @@ def run(arguments: argparse.Namespace) -> Plan:
         "templates": "rendered" if arguments.templates is None else "photographs",
         **{name: getattr(arguments, name) for name in ("people", "poses", "seed", "size")},
     }
-    if (out / PLAN).exists():
-        known = read(out)
-        if known.settings != settings:
+    given = {name: getattr(arguments, name) for name in ("identities", "templates", "prompts")}
+    if any(given.values()):
+        settings["given"] = {name: _digest_of(place) for name, place in given.items() if place is not None}
+    for name in (PLAN, BEGUN):  # of a plan that was begun and killed the pictures are taken over
+        if (out / name).exists() and _told(out / name)["settings"] != settings:
             raise InputError(f"The folder '{out.name}' holds another plan: give another --out, or delete it.")
-        return known
+    if (out / PLAN).exists():
+        return read(out)
     out.mkdir(parents=True, exist_ok=True)
+    report.write_whole(out / BEGUN, json.dumps({"settings": settings}) + "\n")
     rows = list(_rendered(out, arguments) if arguments.identities is None else _photographed(out, arguments))
     with (out / MANIFEST).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -132,6 +137,7 @@ def run(arguments: argparse.Namespace) -> Plan:
     used = {MANIFEST, FACTS} | {p for row in rows for p in (row.reference, row.driver, row.truth) if p}
     files = {name: _digest(out / name) for name in sorted(used)}
     report.write_whole(out / PLAN, json.dumps({"settings": settings, "files": files}, indent=1) + "\n")
+    (out / BEGUN).unlink()
     return read(out)
 
 
@@ -142,7 +148,7 @@ def read(folder: Path) -> Plan:
     """
     if not (folder / PLAN).is_file():
         raise InputError(f"There is no plan in '{folder.name}': make one with `python -m facesnap.evaluation plan`.")
-    known = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    known = _told(folder / PLAN)
     lost = [name for name in known["files"] if not (folder / name).is_file()]
     if lost:
         raise InputError(f"The plan '{folder.name}' lacks {len(lost)} of its files, such as '{lost[0]}': plan again.")
@@ -187,7 +193,7 @@ def template_picture(template: PoseTemplate, driver: int, size: int) -> Picture:
 def _rendered(out: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     if arguments.prompts:
         raise InputError("--prompts is for photographs: rendered people have prompts whose true picture is known.")
-    people = arguments.people or protocol.GALLERY
+    people = protocol.GALLERY if arguments.people is None else arguments.people
     check_number("number of people", people, 1, protocol.GALLERY, whole=True)
     gallery, drivers = protocol.people(arguments.seed)
     rng = np.random.default_rng([18, 0])
@@ -258,12 +264,19 @@ def _photographed(out: Path, arguments: argparse.Namespace) -> Iterator[Row]:
 def identities(folder: Path) -> list[tuple[str, list[Path]]]:
     """(name, pictures) of each person: a subfolder each, or else a file each.
 
-    Raises InputError where there is no picture, or a person's subfolder is empty.
+    Raises InputError where there is no picture, a person's subfolder is empty, or it is not clear who is who.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder '{folder.name}' of identities.")
     people = [(place.name, _pictures(place)) for place in sorted(folder.iterdir()) if place.is_dir()]
-    people = people or [(path.stem, [path]) for path in _pictures(folder)]
+    loose = _pictures(folder)
+    if people and loose:
+        raise InputError(
+            f"The folder '{folder.name}' holds subfolders and {len(loose)} pictures beside them, such as "
+            f"'{loose[0].name}': give each person a subfolder, or each a file."
+        )
+    people = people or [(path.stem, [path]) for path in loose]
+    _check_once([name for name, _ in people], folder)
     if not people:
         raise InputError(f"The folder '{folder.name}' holds no pictures: one file, or one subfolder, a person.")
     empty = [name for name, pictures in people if not pictures]
@@ -273,7 +286,13 @@ def identities(folder: Path) -> list[tuple[str, list[Path]]]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+
+
+def _check_once(names: list[str], folder: Path) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"Two pictures in '{folder.name}' are called '{twice[0]}': rename one.")
 
 
 def _driver_pictures(out: Path, arguments: argparse.Namespace, drivers: list[int]) -> Iterator[tuple[str, str]]:
@@ -290,6 +309,7 @@ def _driver_pictures(out: Path, arguments: argparse.Namespace, drivers: list[int
     found = _pictures(arguments.templates)[: arguments.poses]
     if not found:
         raise InputError(f"The folder '{arguments.templates.name}' holds no pose photos.")
+    _check_once([path.stem for path in found], arguments.templates)
     for k, path in enumerate(found):
         _copy(path, out / f"drivers/{k:02d}.png")
         yield path.stem, f"drivers/{k:02d}.png"
@@ -306,6 +326,22 @@ def _copy(path: Path, target: Path) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _digest_of(place: Path) -> str:
+    """Of a file, or of all pictures in a folder and in its subfolders, with their names."""
+    if not place.is_dir():
+        return _digest(place) if place.is_file() else ""
+    pictures = sorted(path for path in place.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    told = [f"{path.relative_to(place).as_posix()} {_digest(path)}" for path in pictures]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+
+def _told(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"'{path.name}' in '{path.parent.name}' is damaged: delete it and plan again.") from error
 
 
 def lines(plan: Plan) -> list[tuple[str, object, str]]:

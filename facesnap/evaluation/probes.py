@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> dict:
     settings |= {n: getattr(arguments, n) for n in ("people", "seed", "size")}
     order = np.random.default_rng([arguments.seed, 4]).permutation(np.array(EVALUATION_PEOPLE))
     if not 60 <= arguments.people <= len(order):
-        raise ValueError(f"--people {arguments.people}: choose 60 (fewer lack some colours) to {len(order)}")
+        raise InputError(f"--people {arguments.people}: choose 60 (fewer lack some colours) to {len(order)}")
     analyser, work = FaceAnalyser(model / "face_pack"), out.with_suffix(".work")
     encoder = CLIPVisionModel.from_pretrained(model / "face_encoder", dtype=torch.float32, use_safetensors=True)
     encoder = encoder.to(arguments.device).eval()

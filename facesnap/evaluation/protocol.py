@@ -96,7 +96,7 @@ def requests(seed: int, num_people: int, poses: int) -> list[Request]:
     own."""
     gallery, drivers = people(seed)
     if not 1 <= num_people <= GALLERY:
-        raise ValueError(f"--people {num_people}: the gallery holds {GALLERY}, choose 1 to {GALLERY}")
+        raise InputError(f"--people {num_people}: the gallery holds {GALLERY}, choose 1 to {GALLERY}")
     rng = np.random.default_rng([seed, 1])
     found: list[Request] = []
     for person in gallery[:num_people]:

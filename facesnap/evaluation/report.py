@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from facesnap.errors import InputError
 from facesnap.provenance import commit, fingerprint, libraries, machine
 
 # ------------------------------------------------------------------------------------ where it comes from
@@ -53,7 +54,7 @@ class Ledger:
         lines = list(self._read()) if path.exists() else []
         if lines and lines[0] != settings:
             differing = sorted(k for k in {*lines[0], *settings} if lines[0].get(k) != settings.get(k))
-            raise ValueError(
+            raise InputError(
                 f"{path.name} holds results of another run (different: {', '.join(differing)}): "
                 "give another --out, or delete it"
             )

@@ -22,6 +22,7 @@ from facesnap.evaluation import plan as plans
 from facesnap.evaluation.looks import Examiner, look_at_all, vectors
 from facesnap.evaluation.methods import METHOD, made
 from facesnap.evaluation.plan import Plan
+from facesnap.images import ENDINGS
 from facesnap.provenance import fingerprint
 
 
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     names = [folder.name for folder in arguments.folders]
     if len(set(names)) < len(names):
         raise InputError("Two of the folders have the same name, which is the method's: rename one.")
+    if reserved := {"plan", "real"} & set(names):
+        raise InputError(f"No method can be called '{min(reserved)}': rename its folder.")
     for folder in arguments.folders:
         failures[folder.name], notes[folder.name] = check(folder, plan, arguments.missing)
         made_by[folder.name] = made(folder)
@@ -55,8 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         pictures |= {f"{folder.name}/{file}": folder / file for file in there}
     own = {p for row in plan.rows for p in (row.reference, row.driver, row.truth) if p}
     pictures |= {f"plan/{path}": plan.folder / path for path in sorted(own)}
-    real = sorted(path for path in arguments.real.iterdir() if path.is_file()) if arguments.real else []
-    pictures |= {f"real/{path.name}": path for path in real}
+    pictures |= real_pictures(arguments.real)
 
     state = PartialState(cpu=arguments.device == "cpu")
     device = str(state.device) if arguments.device == "cuda" else arguments.device
@@ -70,9 +72,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         for clip in examiner.clips
     }
     each = {name: samples(plan, name, looks, texts, failures[name]) for name in names}
+    real = real_looks(looks)[0]
     found = {
-        "plan": {"digest": plan.digest, **plan.settings, "rows": len(plan.rows)},
-        "settings": settings | {"real": arguments.real.name if arguments.real else "the plan's true pictures"},
+        "plan": {"digest": plan.digest, **plan.settings, "rows": len(plan.rows), "faceless": faceless(plan, looks)},
+        "settings": settings | {"real": arguments.real.name if arguments.real else real},
         "methods": {
             name: summary(plan, name, looks, each[name], made_by[name], examiner.extractor.names)
             | {"failures": failures[name], "notes": notes[name]}
@@ -99,6 +102,18 @@ def write_rows(path: Path, plan: Plan, each: dict[str, dict[str, np.ndarray]]) -
                 values = [told[key][k] if key in told else np.nan for key in figures]
                 cells = ["" if np.isnan(value) else f"{value:.6g}" for value in values]
                 writer.writerow([name, row.file, row.person, *cells])
+
+
+def real_pictures(folder: Path | None) -> dict[str, Path]:
+    """The pictures of --real by their keys; InputError where there is none."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise InputError(f"There is no folder '{folder.name}' of real pictures.")
+    found = {f"real/{path.name}": path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS}
+    if not found:
+        raise InputError(f"The folder '{folder.name}' holds no real pictures.")
+    return found
 
 
 def check(folder: Path, plan: Plan, missing: str) -> tuple[dict[str, str], list[str]]:
@@ -130,9 +145,7 @@ def check(folder: Path, plan: Plan, missing: str) -> tuple[dict[str, str], list[
             f"{len(wrong)} pictures in '{folder.name}' have another size than the plan asks for, such as {file}: "
             f"{size} instead of {plan.rows[0].size} x {plan.rows[0].size}. Make a plan of that --size, or resize them."
         )
-    others = sorted(
-        path.name for path in folder.iterdir() if path.suffix.lower() in plans.PICTURES and path.name not in files
-    )
+    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.name not in files)
     notes = []
     if others:
         notes = [f"{len(others)} pictures that the plan does not name were not scored, such as {others[0]}"]
@@ -171,7 +184,8 @@ def samples(plan: Plan, name: str, looks: dict, texts: dict, failures: dict) -> 
         made_, reference, truth = (vectors(some, kind) for some in (own, references, truths))
         told[f"FaceSim {judge}"] = 100 * paired(made_, reference)
         if any(truths):
-            known = found & np.array([bool(look and look["found"]) for look in truths])
+            pairs = zip(truths, references, strict=True)
+            known = found & np.array([bool(a and a["found"] and b["found"]) for a, b in pairs])
             told[f"ceiling {judge}"] = np.where([bool(t) for t in truths], 100 * paired(truth, reference), np.nan)
             told[f"copy-paste {judge}"] = np.where(known, metrics.copy_paste(made_, truth, reference), np.nan)
     told["landmark_error"] = np.array([_landmark_error(look, row) for look, row in zip(own, rows, strict=True)])
@@ -212,6 +226,8 @@ def _landmark_error(look: dict | None, row: plans.Row) -> float:
 def _ratio(look: dict | None, truth: dict | None) -> float:
     if not look or not truth or not look["found"] or not truth["found"] or truth["sharpness"] <= 0:
         return np.nan
+    if look["size"] != truth["size"]:  # a photograph of another size: what a pixel is differs
+        return np.nan
     return look["sharpness"] / truth["sharpness"]
 
 
@@ -250,15 +266,15 @@ def summary(
         rows = np.flatnonzero(~np.isnan(x) & ~np.isnan(y))
         rows = rows if len(rows) > 2 else rows[:0]
         put(f"{key}_correlation", lambda i, x=x, y=y: metrics.correlation(x[i], y[i]), rows)
-    wanted = [row.wanted or {} for row in plan.rows]
-    seen = [looks.get(f"{name}/{row.file}", {}).get("attributes", {}) for row in plan.rows]
-    if any(len({row.get(key) for row in wanted} - {None}) > 1 for key in wanted[0]):
-        found["text_accuracy"] = metrics.attribute_accuracy(seen, wanted)
-    real = [look for key, look in looks.items() if key.startswith("real/")]
-    real = real or [look for key, look in looks.items() if key.startswith("plan/truths/")]
-    real = real or [look for key, look in looks.items() if key.startswith("plan/references/")]
     own = [looks[key] for row in plan.rows if (key := f"{name}/{row.file}") in looks]
-    distance = fid.distances(vectors(real, "features"), vectors(own, "features"))
+    wanted = [row.wanted or {} for row in plan.rows]
+    asked = {key for row in wanted for key in row}
+    if any("attributes" in look for look in own) and any(
+        len({row.get(key) for row in wanted} - {None}) > 1 for key in asked
+    ):
+        seen = [looks.get(f"{name}/{row.file}", {}).get("attributes", {}) for row in plan.rows]
+        found["text_accuracy"] = metrics.attribute_accuracy(seen, wanted)
+    distance = fid.distances(vectors(real_looks(looks)[1], "features"), vectors(own, "features"))
     found |= {names[0]: distance[0], names[1]: {"value": distance[1], "deviation": distance[2]}}
     for key, statistic in (("seconds", np.median), ("peak_memory_gb", np.max)):
         noted = [row[key] for row in made_by.values() if key in row]
@@ -266,12 +282,28 @@ def summary(
     return found
 
 
+def real_looks(looks: dict[str, dict]) -> tuple[str, list[dict]]:
+    """What FID compares with, in words, and its looks: --real, else the true pictures, else the references."""
+    for kind, words in (("real/", "a folder"), ("plan/truths/", "the plan's true pictures")):
+        some = [look for key, look in looks.items() if key.startswith(kind)]
+        if len(some) > 1 or some and kind == "real/":
+            return words, some
+    return "the plan's references", [look for key, look in looks.items() if key.startswith("plan/references/")]
+
+
+def faceless(plan: Plan, looks: dict[str, dict]) -> list[str]:
+    """The references in which no face was found: no method can do anything for their rows."""
+    return sorted({row.reference for row in plan.rows if not looks[f"plan/{row.reference}"]["found"]})
+
+
 def strangers(plan: Plan, looks: dict, judge: str) -> float:
-    """Mean FaceSim of two references of different people; 0 where there is only one person."""
+    """Mean FaceSim of two references of different people; 0 where faces of two were not found."""
     own = {row.person: looks[f"plan/{row.reference}"] for row in plan.rows}
-    cosines = metrics.cosines(*(vectors(own.values(), f"face {judge}"),) * 2)
-    pairs = cosines[np.triu_indices(len(cosines), 1)]
-    return 100 * float(pairs.mean()) if len(pairs) else 0.0
+    faces = [look for look in own.values() if look["found"]]
+    if len(faces) < 2:
+        return 0.0
+    cosines = metrics.cosines(*(vectors(faces, f"face {judge}"),) * 2)
+    return 100 * float(cosines[np.triu_indices(len(cosines), 1)].mean())
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -286,11 +318,14 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [f"# {len(methods)} methods on plan {found['plan']['digest']}", ""]
     lines += ["| | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for key in shown:
-        lines.append(f"| {key} | " + " | ".join(cell(told.get(key)) for told in methods.values()) + " |")
+        cells = [cell(told.get(key), found["plan"]["rows"]) for told in methods.values()]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
     if any("text_accuracy" in told for told in methods.values()):
         texts = [told.get("text_accuracy", {}).get("score") for told in methods.values()]
         lines.append("| text_accuracy | " + " | ".join(cell(value) for value in texts) + " |")
-    lines += ["", "In brackets: 95 % intervals by a bootstrap over people.", ""]
+    lines += ["", "In brackets: 95 % intervals by a bootstrap over people; “of”: how many rows, where not all.", ""]
+    if blind := found["plan"]["faceless"]:
+        lines.append(f"- in {len(blind)} references, such as {blind[0]}, no face was found: failures of every method")
     for name, told in methods.items():
         reasons = told["failures"]
         if reasons:
@@ -306,12 +341,13 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cell(told: Any) -> str:
-    """One figure for a table."""
+def cell(told: Any, rows: int | None = None) -> str:
+    """One figure for a table; of how many rows it is, where those are not all `rows`."""
     if isinstance(told, dict):
         value = cell(told["value"])
         if "95" in told:
-            return f"{value} ({cell(told['95'][0])} to {cell(told['95'][1])})"
+            fewer = "" if rows is None or told["of"] == rows else f" of {told['of']}"
+            return f"{value} ({cell(told['95'][0])} to {cell(told['95'][1])}){fewer}"
         return f"{value} ± {cell(told['deviation'])}" if "deviation" in told else value
     if told is None:
         return "–"

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from facesnap import metrics
+from facesnap.errors import InputError
 from facesnap.evaluation import portraits, protocol, report
 from facesnap.evaluation.protocol import Witness
 from facesnap.memory import set_memory
@@ -48,14 +49,14 @@ def run(arguments: argparse.Namespace) -> dict:
     model, out, size = Path(arguments.model), Path(arguments.out), arguments.size
     ways = arguments.ways or list(WAYS)
     if "best" not in ways or not set(ways) <= set(WAYS):
-        raise ValueError(f"--ways {' '.join(ways)}: choose best, with which all are compared, and of {', '.join(WAYS)}")
+        raise InputError(f"--ways {' '.join(ways)}: choose best, with which all are compared, and of {', '.join(WAYS)}")
     settings = {"what": "speed", "model": fingerprint(model), "presets": {p: repr(PRESETS[p]) for p in PRESETS}}
     settings |= {n: getattr(arguments, n) for n in ("people", "poses", "gallery", "seed", "size", "steps", "guidance")}
     ledger, work = report.Ledger(out.with_suffix(".jsonl"), settings), out.with_suffix(".work")
     witness = Witness(model)
     requests = protocol.requests(arguments.seed, arguments.people, arguments.poses)
     if not arguments.people <= arguments.gallery <= protocol.GALLERY:
-        raise ValueError(f"--gallery {arguments.gallery}: choose {arguments.people} (--people) to {protocol.GALLERY}")
+        raise InputError(f"--gallery {arguments.gallery}: choose {arguments.people} (--people) to {protocol.GALLERY}")
     gallery = protocol.people(arguments.seed)[0][: arguments.gallery]
 
     for person in tqdm(gallery, desc="gallery", unit="person"):

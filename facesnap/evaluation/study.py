@@ -56,7 +56,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plan is None:
         raise InputError("Give a plan's folder and the methods' folders, or --results FOLDER for what was answered.")
     study = Study(plans.read(arguments.plan), arguments.folders, arguments.answers, arguments.pairs)
-    server = serve(study, arguments.host, arguments.port)
+    if study.left_out:
+        print(f"{study.left_out} rows are not asked about: a method has no picture of them.", flush=True)
+    try:
+        server = serve(study, arguments.host, arguments.port)
+    except OSError as error:
+        where = f"{arguments.host}:{arguments.port}"
+        raise InputError(f"No page can be served at {where} ({error}): give another --port.") from error
     print(f"The study is at http://{arguments.host}:{server.server_port}; Ctrl-C ends it.", flush=True)
     try:
         server.serve_forever()
@@ -87,6 +93,7 @@ class Study:
         check_number("number of pairs", pairs, 1, 100_000, whole=True)
         gone = set().union(*(check(folder, plan, "refuse")[0] for folder in folders))
         self.rows = [k for k, row in enumerate(plan.rows) if row.file not in gone]
+        self.left_out = len(gone)
         if not self.rows:
             raise InputError("There is no row that all methods have made a picture of.")
         self.plan, self.folders, self.answers, self.pairs = plan, dict(zip(names, folders, strict=True)), answers, pairs

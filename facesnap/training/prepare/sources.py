@@ -12,9 +12,10 @@ from pathlib import Path
 
 import braceexpand
 
+from facesnap.images import ENDINGS
 from facesnap.synthetic.people import EVALUATION_PEOPLE
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
+PICTURES = tuple(ending[1:] for ending in ENDINGS)
 CAPTION_KEYS = ("caption", "text", "prompt")  # in a .json beside a photo, the first that is there
 
 

@@ -1,7 +1,7 @@
 """PhotoMaker v2 on a plan. Written from the project's README and example script; not tried here.
 
 git clone https://github.com/TencentARC/PhotoMaker && pip install -e PhotoMaker insightface onnxruntime-gpu
-python docs/methods/photomaker.py PLAN photomaker
+python docs/methods/fill_photomaker.py PLAN photomaker
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """PuLID v1.1 (SDXL) on a plan. Written from the project's README and demo; not tried here.
 
 git clone https://github.com/ToTheBeginning/PuLID && pip install -r PuLID/requirements.txt
-PYTHONPATH=PuLID python docs/methods/pulid.py PLAN pulid
+PYTHONPATH=PuLID python docs/methods/fill_pulid.py PLAN pulid
 """
 
 import numpy as np
@@ -22,7 +22,12 @@ def main() -> None:
     attention.NUM_ZERO, attention.ORTHO, attention.ORTHO_v2 = 20, False, True
 
     def make(row: dict, reference: Image.Image) -> Image.Image:
-        nobody, person = pipeline.get_id_embedding([resize_numpy_image_long(np.array(reference), 1024)])
+        try:
+            nobody, person = pipeline.get_id_embedding([resize_numpy_image_long(np.array(reference), 1024)])
+        except RuntimeError as error:
+            if "align face" not in str(error):
+                raise
+            raise ValueError("PuLID found no face in the reference") from error
         seed, size = int(row["seed"]), (1, 1024, 1024)
         made = pipeline.inference(row["prompt"], size, NEGATIVE, person, nobody, SCALE, GUIDANCE, STEPS, seed)[0]
         return made if isinstance(made, Image.Image) else Image.fromarray(np.array(made))

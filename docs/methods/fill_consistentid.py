@@ -2,7 +2,7 @@
 
 git clone https://github.com/JackAILab/ConsistentID && pip install -r ConsistentID/requirements.txt
 (ConsistentID_SDXL-v1.bin and face_parsing.pth of the Hub's JackAILab/ConsistentID into ConsistentID/weights)
-PYTHONPATH=ConsistentID python docs/methods/consistentid.py PLAN consistentid
+PYTHONPATH=ConsistentID python docs/methods/fill_consistentid.py PLAN consistentid
 """
 
 import tempfile

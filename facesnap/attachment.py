@@ -45,6 +45,17 @@ def unet_of(pipeline: Any, like: Any) -> Any:
     return unet
 
 
+def check_frame(control: Tensor, latents: Tensor, net: Any) -> None:
+    """InputError unless the control picture was drawn for the picture that is made; torch would speak of tensors."""
+    reduction = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+    drawn, made = control.shape[-2:], [reduction * side for side in latents.shape[-2:]]
+    if list(drawn) != made:
+        raise InputError(
+            f"The landmarks were drawn for {drawn[1]} × {drawn[0]} pixels, and the picture has {made[1]} × {made[0]}: "
+            "give its (height, width) as `size`."
+        )
+
+
 def asked(parts: Parts) -> tuple[bool, ...]:
     return tuple(parts() if callable(parts) else parts)
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from facesnap import folder, memory
-from facesnap.errors import InputError
+from facesnap.errors import InputError, did_you_mean
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.ffrnet import FFRNet
 from facesnap.folder import (
@@ -46,6 +46,7 @@ DOES = {  # the parts that are no torch modules
     "tokenizer": "tokenize",
     "tokenizer_2": "tokenize",
 }
+UPLOAD_ARGUMENTS = {"repo_id", "private", "token", "commit_message", "create_pr"}
 OPTIONS = ("add_watermarker", "force_zeros_for_empty_prompt")  # of the pipeline itself, no components
 
 
@@ -108,6 +109,11 @@ class Components(StableDiffusionXLPipeline):
         )
         self.settings = settings or Settings()
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that another pipeline is made of, by `FaceSnapPipeline(**pipe.components)`: the settings too."""
+        return super().components | {"settings": self.settings}
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -128,7 +134,8 @@ class Components(StableDiffusionXLPipeline):
             providers: ONNX Runtime's, for the face pack and the scorer.
             variant: of the files to read, such as "fp16".
             kwargs: components to use instead of the folder's, and arguments of the stock `from_pretrained`; of the
-                Hub's revision, token, cache_dir, local_files_only, force_download and proxies.
+                Hub's revision, token, cache_dir, local_files_only and force_download. Where they hold a device_map,
+                our parts come to the UNet's device.
 
         Raises:
             InputError: the folder is missing, incomplete or damaged, or an argument does not fit; the message names it.
@@ -139,6 +146,8 @@ class Components(StableDiffusionXLPipeline):
         _refuse_strangers(given | kwargs)
         if kwargs.pop("use_safetensors", True) is False:
             raise InputError("FaceSnap reads safetensors only, never pickles; leave out use_safetensors=False.")
+        if kwargs.pop("proxies", None) is not None:
+            raise InputError("The Hub's library takes proxies from the environment only: set HTTPS_PROXY.")
         dtype = dtype or torch_dtype
         check_dtype(dtype)
         place = local_folder(model, **hub)
@@ -146,6 +155,7 @@ class Components(StableDiffusionXLPipeline):
         check_variant(place, model, variant, given | kwargs)
         ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
         base = read_base(place, model, dtype, variant=variant, **kwargs)
+        _beside(base.unet, ours)
         return cls._around(base, ours, settings, **options)
 
     @classmethod
@@ -180,9 +190,7 @@ class Components(StableDiffusionXLPipeline):
             place = local_folder(model)
             settings = read_settings(place, model, cls.kind)
             loaded = read_parts(place, model, settings, pipeline.unet.dtype, providers=providers, given=given)
-            for module in loaded.values():
-                if isinstance(module, nn.Module):
-                    module.to(pipeline.unet.device)
+            _beside(pipeline.unet, loaded)
             ours |= loaded
         return cls._around(pipeline, ours | given, settings, **components)
 
@@ -219,6 +227,9 @@ class Components(StableDiffusionXLPipeline):
         """
         if not safe_serialization:
             raise InputError("FaceSnap writes safetensors only; leave out safe_serialization=False.")
+        for name in hub.keys() - UPLOAD_ARGUMENTS:
+            known = (*UPLOAD_ARGUMENTS, *inspect.signature(self.save_pretrained).parameters)
+            raise TypeError(f"save_pretrained got an unexpected argument {name!r}; {did_you_mean(name, known)}")
         folder.write(
             Path(save_directory),
             {name: getattr(self, name) for name in (*BASE_PARTS, *OUR_PARTS)},
@@ -267,6 +278,13 @@ class Components(StableDiffusionXLPipeline):
         self.unet.compile_repeated_blocks(**options)
         if self.ffrnet is not None and self.ffrnet._repeated_blocks:  # a stock ControlNet names none
             self.ffrnet.compile_repeated_blocks(**options)
+
+
+def _beside(unet: nn.Module | None, ours: dict[str, Any]) -> None:
+    """Bring our parts to the device where the UNet lies."""
+    for module in ours.values():
+        if isinstance(module, nn.Module) and unet is not None:
+            module.to(unet.device)
 
 
 def _refuse_strangers(components: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnxruntime
 from insightface.app.common import Face as InsightFace
 from insightface.model_zoo import get_model
 from insightface.utils.face_align import norm_crop
 
-from facesnap.errors import InputError
+from facesnap.errors import InputError, did_you_mean
 from facesnap.finding import SMALLEST, Finder, Found, Sight, is_drawn
 from facesnap.geometry import moved, square_crop
 
@@ -74,6 +75,7 @@ class FaceAnalyser:
         sizes: tuple[int, ...] = (256, 640, 384, 160, 1280),
         threshold: float = 0.5,
     ):
+        check_providers(providers)
         self.pack_dir = _pack_folder(Path(pack_dir))
         self.sizes, self.threshold = sizes, threshold
         try:
@@ -211,6 +213,7 @@ class Recogniser:
     """A recogniser that stands alone (C, which scores): ONNX, 112² → 512, loaded by InsightFace."""
 
     def __init__(self, onnx_path: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
+        check_providers(providers)
         self.path = Path(onnx_path)
         if not self.path.is_file():
             raise InputError(f"There is no recogniser at {str(onnx_path)!r}: give the path of its ONNX file.")
@@ -226,6 +229,17 @@ class Recogniser:
         """RGB uint8 crops (112, 112, 3), as `align` makes them → embeddings (N, 512), not normalised."""
         told = self._model.get_feat([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])
         return np.asarray(told, np.float32).reshape(len(crops), -1)
+
+
+def check_providers(providers: Any) -> None:
+    """InputError unless they are a list of ONNX Runtime's own: InsightFace would print of others, and take the CPU."""
+    known = onnxruntime.get_all_providers()
+    for provider in [providers] if isinstance(providers, str) else providers:
+        name = provider[0] if isinstance(provider, tuple) else provider  # with options of its own
+        if name not in known:
+            raise InputError(f"ONNX Runtime has no provider {name!r}; {did_you_mean(name, known)}")
+    if isinstance(providers, str):
+        raise InputError(f"The providers must be a list: give [{providers!r}].")
 
 
 def align(image: np.ndarray, keypoints: np.ndarray, size: int = 112) -> np.ndarray:

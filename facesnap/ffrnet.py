@@ -24,7 +24,17 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from facesnap.attachment import UNGUIDED, Cadence, Parts, add_residuals, asked, by_name, rows, scaled_output
+from facesnap.attachment import (
+    UNGUIDED,
+    Cadence,
+    Parts,
+    add_residuals,
+    asked,
+    by_name,
+    check_frame,
+    rows,
+    scaled_output,
+)
 
 Variant = Literal["predicted", "driver", "black", "none"]
 VARIANTS: tuple[Variant, ...] = ("predicted", "driver", "black", "none")
@@ -195,6 +205,7 @@ class _Residuals:
         """FFRNet on the last part of the UNet's batch: the latents of all are equal, the size conditioning need not
         be, and the last is conditional."""
         sample, timestep = call["sample"], torch.as_tensor(call["timestep"])
+        check_frame(self.control, sample, self.ffrnet)
         device, dtype = sample.device, _dtype(self.ffrnet)
         time_ids = call["added_cond_kwargs"]["time_ids"] if self.time_ids is None else rows(self.time_ids, batch)
         known = self.picture

@@ -30,13 +30,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel
 
 import facesnap
 from facesnap import headers
-from facesnap.errors import InputError, did_you_mean, reading
+from facesnap.errors import InputError, did_you_mean, reading, shown
 from facesnap.face_adapter import FaceAdapter
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.ffrnet import VARIANTS, FFRNet, Variant
@@ -62,7 +63,7 @@ Dtypes: TypeAlias = (
     torch.dtype | dict[str, torch.dtype] | None
 )  # of all parts, float32 where None; or by part, "default"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,16 @@ def local_folder(model: str | Path, **hub: Any) -> Path:
         raise InputError(f"A checkpoint is named by its folder or its Hub id, not by a {type(model).__name__}.")
     if os.path.isdir(model):  # Path's own falls over a name that is too long
         return Path(model)
-    problem = f"There is no folder '{model}'"
+    problem = f"There is no folder '{shown(model, 200)}'"
     if re.fullmatch(HUB_ID, str(model)):
         try:
+            hf_hub_download(str(model), SETTINGS_NAME, **hub)  # what is no FaceSnap is not fetched for nothing
             return Path(snapshot_download(str(model), **hub))
+        except RemoteEntryNotFoundError:
+            raise InputError(
+                f"The repository '{model}' has no {SETTINGS_NAME}, so it holds no FaceSnap; load a plain SDXL with "
+                "diffusers and give it to FaceSnapPipeline.from_pipe with a FaceSnap checkpoint."
+            ) from None
         except (OSError, ValueError) as error:  # Hub errors and those of the network are OSErrors
             problem += f", and the Hub gave none of that name ({type(error).__name__})"
             raise InputError(f"{problem}; give the folder of a FaceSnap checkpoint or its Hub id.") from error
@@ -125,7 +132,7 @@ def read_settings(folder: Path, name: str | Path | None = None, kind: str | None
             )
         raise incomplete(name, SETTINGS_NAME)
     with reading(f"The {SETTINGS_NAME} of the checkpoint '{name}'"):
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        values = {**json.loads(path.read_text(encoding="utf-8"))}  # an error where it is none of names
         written_by = values.pop("facesnap", None)
         unknown = [repr(key) for key in sorted(values.keys() - {known.name for known in fields(Settings)})]
         for key, choices in (("kind", KINDS), ("variant", VARIANTS)):
@@ -228,7 +235,7 @@ def read_parts(
     settings: Settings,
     dtype: Dtypes = None,
     *,
-    providers: Iterable[str] = ("CPUExecutionProvider",),
+    providers: tuple[str, ...] = ("CPUExecutionProvider",),
     given: dict[str, Any] | None = None,
     variant: str | None = None,
 ) -> dict[str, Any]:
@@ -238,7 +245,7 @@ def read_parts(
         own = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
         return lambda place: read_weights(model_class, place, own, variant=variant)
 
-    providers, given = tuple(providers), given or {}
+    given = given or {}
     readers: dict[str, Callable[[Path], Any]] = {
         **{part: weights(part, model_class) for part, model_class in KINDS[settings.kind].items()},
         "face_analyser": lambda place: FaceAnalyser.from_pretrained(place, providers=providers),

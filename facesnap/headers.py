@@ -25,7 +25,10 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 def read(place: Path) -> tuple[Headers, list[str]]:
     """Every tensor of a part, and sentences on what is wrong with its files."""
     found: Headers = {}
-    files, missing = weight_files(place)
+    try:
+        files, missing = weight_files(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # JSON of any form
+        return found, ["the index of its files is damaged."]
     problems = [f"the shard {file} is missing." for file in missing]
     for file in files:
         try:

@@ -30,7 +30,17 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from facesnap import landmarks as landmarks72
-from facesnap.attachment import UNGUIDED, Cadence, Parts, add_residuals, asked, by_name, rows, scaled_output
+from facesnap.attachment import (
+    UNGUIDED,
+    Cadence,
+    Parts,
+    add_residuals,
+    asked,
+    by_name,
+    check_frame,
+    rows,
+    scaled_output,
+)
 from facesnap.errors import InputError
 from facesnap.face_adapter import IDENTITY_SCALE, FaceAdapter, cross_attentions
 from facesnap.faces import Face, five_points
@@ -137,6 +147,7 @@ class _Adapted:
         """The ControlNet on all parts of the batch, since it reads the text and who it is."""
         sample, added, dtype = call["sample"], call["added_cond_kwargs"], controlnet.dtype
         assert self.control is not None
+        check_frame(self.control, sample, controlnet)
         down, mid = controlnet(
             sample[:, : controlnet.config.in_channels].to(dtype),
             call["timestep"],

@@ -22,7 +22,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from facesnap.errors import InputError, did_you_mean
+from facesnap.errors import InputError, did_you_mean, shown
 
 Mode = Literal["full", "balanced", "low"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -43,6 +43,18 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def device_of(device: Any = None) -> torch.device:
+    """A device by its name, `default_device` where None. InputError for what is none, or is not in this machine."""
+    try:
+        target = default_device() if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"There is no device {shown(device)!r}; give cpu, cuda or mps.") from None
+    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(target.type)
+    if here is not None and not here():
+        raise InputError(f"This machine, or its PyTorch, has no device {str(target)!r}; give cpu, or leave it out.")
+    return target
+
+
 def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | None = None) -> Mode:
     """Bring a pipeline to a device in a memory mode; returns the mode.
 
@@ -54,7 +66,7 @@ def set_memory(pipe: Any, mode: str | None = None, device: str | torch.device | 
     Raises:
         InputError: there is no such mode, or it cannot be had on this device or after "low".
     """
-    target = torch.device(device or default_device())
+    target = device_of(device)
     current = getattr(pipe, "memory", None)
     chosen = check_mode(mode, target) if mode else current if current == "low" else choose(pipe, target)
     if current == "low":

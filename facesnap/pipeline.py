@@ -34,9 +34,9 @@ from facesnap.predictor import LandmarkPredictor
 from facesnap.preview import Change, refuse_beside
 from facesnap.preview import preview as preview_of
 from facesnap.request import (
-    STOCK_ARGUMENTS,
     Request,
     check_scales,
+    check_stock,
     frame_size,
     unread_words,
     variant_of,
@@ -129,7 +129,7 @@ class FaceSnapPipeline(Components):
             head_size: 0.5–2, times the pose's, about the middle of the face.
             variant: "driver" keeps the head shape of the pose photo, as in Table 3.
         """
-        size = frame_size(size or (None, None), self.settings, self.vae_scale_factor)
+        size = frame_size((None, None) if size is None else size, self.settings, self.vae_scale_factor)
         return preview_of(
             reference,
             pose,
@@ -231,9 +231,7 @@ class FaceSnapPipeline(Components):
             preview = self.preview(reference, pose, size, **how)  # type: ignore[arg-type]
         with alone_with(self.unet, self.ffrnet, self.mixer):
             images = self._denoise(request, preview)
-        if not return_dict:
-            return (images,)
-        return self._output(request, preview, images, score)
+        return self._output(request, preview, images, score) if return_dict else (images,)
 
     def _denoise(self, request: Request, preview: PreviewResult) -> Any:
         """The stock call with FFRNet attached; returns its `images`."""
@@ -294,7 +292,8 @@ class FaceSnapPipeline(Components):
 
     def _output(self, request: Request, preview: PreviewResult, images: Any, score: bool) -> FaceSnapOutput:
         scores: tuple[float | None, ...] = ()
-        if score and self.scorer is not None and isinstance(images[0], Image.Image):
+        can_score = self.scorer is not None and self.face_analyser is not None
+        if score and can_score and isinstance(images[0], Image.Image):
             scores = tuple(self.identity_score(image, preview.reference_faces) for image in images)
         return FaceSnapOutput(
             images=images,
@@ -316,11 +315,9 @@ class FaceSnapPipeline(Components):
         )
 
     def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
-        for name in sorted(arguments.keys() - STOCK_ARGUMENTS):
-            elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
-            where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
-            raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}{where}")
-        if self._execution_device.type == "cpu" and self._part("unet").dtype == torch.float16:
+        elsewhere = inspect.signature(FaceSnapPipeline.preview).parameters
+        check_stock(type(self).__name__, arguments, self._part("unet"), elsewhere)
+        if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
             raise InputError(
                 "The model's weights are in half precision, in which a CPU is many times slower; load it with "
                 "dtype=torch.float32, as facesnap.checkpoints.load does, or bring it to a GPU."
@@ -379,16 +376,18 @@ class FaceSnapPipeline(Components):
                     unet.set_attn_processor(own)  # a PAG pipeline takes its own out only when it succeeds
                     raise
 
-    def identity_score(self, image: Picture, references: Sequence[Source]) -> float | None:
+    def identity_score(self, image: Picture, references: Source | Sequence[Source]) -> float | None:
         """Cosine of the face in `image` to the references', by the recogniser that only scores.
 
         Several references, photos or their faces, count as the mean of their directions. None: no face in `image`.
         """
+        analyser, picture = self._part("face_analyser"), open_image(image)
         try:
-            face = self.face_analyser.analyse(open_image(image), portrait=True)
+            face = analyser.analyse(picture, portrait=True)
         except InputError:
             return None
-        own, *others = (self._score_embedding(self.analyse(f)) for f in (face, *references))
+        given = references if isinstance(references, list | tuple) else [references]
+        own, *others = (self._score_embedding(self.analyse(f)) for f in (face, *given))
         return cosine(own, mean_direction(others))
 
     def _score_embedding(self, face: Face) -> np.ndarray:

@@ -89,7 +89,7 @@ def preview(
     driver_face: Face | None = None
     head: Head | None = None
     if _are_landmarks(pose):
-        points = _given_landmarks(pose, change)
+        points = _given_landmarks(pose, change, size)
     else:
         own = predictor.reconstruct(list(faces))[0]
         driver, driver_face = _driver(pose, own, size, analyse, predictor)
@@ -152,6 +152,12 @@ def _driver(
     if pose is None:
         return predictor.framed(own, size), None
     if isinstance(pose, Head):
+        wanted = (predictor.model.num_identity, predictor.model.num_expression)
+        if (given := (len(pose.identity), len(pose.expression))) != wanted:
+            raise InputError(
+                "The pose is a head of another head model: it has {} coefficients of identity and {} of expression, "
+                "this pipeline's have {} and {}.".format(*given, *wanted)
+            )
         return pose, None
     if isinstance(pose, str) and not _names_picture(pose):
         return templates.get(pose).head(predictor.model, size), None
@@ -159,7 +165,7 @@ def _driver(
     return predictor.turned(predictor.reconstruct(face)[0], roll=face.tilt), face
 
 
-def _given_landmarks(pose: np.ndarray, change: Change) -> np.ndarray:
+def _given_landmarks(pose: np.ndarray, change: Change, size: tuple[int, int]) -> np.ndarray:
     turned = replace(change, expression_strength=1.0, expressions=None) != Change()
     if turned or any((change.expressions or {}).values()):
         raise InputError("Landmarks are followed as they are; turn and resize them yourself.")
@@ -170,6 +176,8 @@ def _given_landmarks(pose: np.ndarray, change: Change) -> np.ndarray:
         )
     if not np.issubdtype(pose.dtype, np.number) or not np.isfinite(points := pose.astype(np.float32)).all():
         raise InputError("The pose landmarks hold values that are not numbers; give 72 points in pixels.")
+    if not ((points >= 0) & (points < size[::-1])).all(axis=1).any():
+        raise InputError(f"No landmark of the pose lies in the portrait of {size[1]} × {size[0]} pixels: give its own.")
     return points if len(points) == landmarks72.NUM else landmarks72.from_68(points)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -130,6 +130,17 @@ class Request:
         )
 
 
+def check_stock(caller: str, stock: Mapping[str, Any], unet: Any, elsewhere: Collection[str]) -> None:
+    """TypeError for an argument that the stock call would pass over; elsewhere: what `preview` takes. InputError for an
+    IP-Adapter's picture without an IP-Adapter."""
+    for name in sorted(stock.keys() - STOCK_ARGUMENTS):
+        where = "; give it to `preview`, and what that returns to `preview=` here" if name in elsewhere else ""
+        raise TypeError(f"{caller} got an unexpected argument {name!r}{where}")
+    for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+        if stock.get(name) is not None and unet.encoder_hid_proj is None:
+            raise InputError(f"There is no IP-Adapter to read the {name}: load_ip_adapter() first, or leave it out.")
+
+
 def _length(own_steps: Any) -> int:
     """How many steps a caller gave by timesteps or sigmas."""
     try:
@@ -211,8 +222,11 @@ def _seeds(seed: int | None, prompts: int, stock: dict[str, Any]) -> tuple[tuple
     that it is the same alone or in a batch and on any device."""
     count = stock.get("num_images_per_prompt", 1)
     check_number("number of pictures for a prompt", count, 1, MAX_PICTURES, whole=True)
-    if stock.get("generator") is not None:
-        return (), stock["generator"]
+    if (given := stock.get("generator")) is not None:
+        several = given if isinstance(given, list) else [given]
+        if not all(isinstance(one, torch.Generator) for one in several):
+            raise InputError("The generator must be a torch.Generator, or a list of one for each picture.")
+        return (), given
     seed = secrets.randbelow(2**31) if seed is None else seed
     check_number("seed", seed, 0, 2**53, whole=True)
     pictures = (prompts or len(stock["prompt_embeds"])) * count

@@ -24,7 +24,7 @@ from facesnap import checkpoints
 from facesnap.checkpoints.plans import MINI
 from facesnap.errors import InputError
 from facesnap.faces import FaceAnalyser
-from facesnap.folder import BASE_CLASSES, BASE_PARTS, WEIGHTS
+from facesnap.folder import BASE_CLASSES, BASE_PARTS, WEIGHTS, Settings
 from facesnap.mixer import MixerOutput
 from facesnap.pipeline import FaceSnapPipeline
 from facesnap.request import SCHEDULERS, Request
@@ -200,11 +200,20 @@ def test_photos_are_scored_against_photos_and_never_against_nothing(pipe):
     picture = portrait(pipe).images[0]
     photos, faces = ([photo(1), photo(2)], [pipe.analyse(photo(1)), pipe.analyse(photo(2))])
     assert pipe.identity_score(picture, photos) == pipe.identity_score(picture, faces)
+    assert pipe.identity_score(picture, photos[0]) == pipe.identity_score(picture, faces[0])
     with pytest.raises(InputError, match="no reference to compare with"):
         pipe.identity_score(picture, [])
-    bare = FaceSnapPipeline.from_pipe(pipe, scorer=None)
-    with pytest.raises(InputError, match="has no scorer"):
-        bare.identity_score(picture, faces)
+    with pytest.raises(InputError, match="'no.png' cannot be read"):  # and is no picture without a face
+        pipe.identity_score("no.png", faces)
+    for part in ("scorer", "face_analyser"):
+        bare = FaceSnapPipeline.from_pipe(pipe, **{part: None})
+        assert bare("a photo", reference=faces, num_inference_steps=1).identity_scores == ()
+        with pytest.raises(InputError, match=f"has no {part}"):
+            bare.identity_score(picture, faces)
+
+
+def test_a_pipeline_of_the_same_components_has_the_same_settings(pipe):
+    assert FaceSnapPipeline(**pipe.components).settings == pipe.settings != Settings()
 
 
 @pytest.mark.parametrize("other", [None, "runwayml", torch.nn.Linear(1, 1)])

@@ -54,6 +54,14 @@ def unet_calls(unet, seen):
 # ---------------------------------------------------------------------- one at a time
 
 
+def test_landmarks_of_another_size_than_the_pictures_are_refused_in_words(pipe, instantid):
+    for ours in (pipe, instantid):
+        side, other = ours.settings.size, stock(ours)
+        said = f"drawn for {side} × {side} pixels, and the picture has {side} × {2 * side}: give its"
+        with pytest.raises(InputError, match=said), ours.attached_to(other, ALICE):
+            run(other, height=2 * side, width=side)
+
+
 @pytest.mark.parametrize("twin", [False, True])
 def test_portraits_of_two_threads_are_those_made_alone(pipe, twin):
     other = FaceSnapPipeline.from_pipe(pipe) if twin else pipe

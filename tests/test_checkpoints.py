@@ -50,6 +50,26 @@ def test_unknown_names(name, sentence):
         checkpoints.load(name, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"name": "a" * 5000}, "There is no model 'a+…'"),
+        ({"name": 5}, "The model is named by a text or a path, not by a int"),
+        ({"lora": "a" * 5000}, "There is no LoRA 'a+…'"),
+        ({"base": 5}, "The base model is named by"),
+        ({"head": "a" * 5000}, "There is no folder 'a+…' for the head"),
+        ({"device": "gpu"}, "There is no device 'gpu'; give cpu, cuda or mps"),
+        ({"device": "cuda"}, "has no device 'cuda'; give cpu, or leave it out"),
+        ({"providers": "CPUExecutionProvider"}, r"must be a list: give \['CPUExecutionProvider'\]"),
+        ({"providers": ["CPU"]}, "ONNX Runtime has no provider 'CPU'; "),
+    ],
+)
+def test_arguments_that_name_nothing_are_said_before_anything_is_made(monkeypatch, given, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=sentence):
+        checkpoints.load(**{"name": "mini", "device": "cpu"} | given)
+
+
 def test_the_mini_outside_a_checkout_and_a_kind_of_tomorrow(tmp_path, monkeypatch):
     shutil.copy(MINI / "facesnap.json", tmp_path)
     told = json.loads((tmp_path / "facesnap.json").read_text())

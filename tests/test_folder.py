@@ -3,13 +3,18 @@
 import json
 import re
 import shutil
+from inspect import signature
 from types import SimpleNamespace
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file
 from tiny import photo, tiny_pipeline
 
+from facesnap import checkpoints
 from facesnap.checkpoints import verify
 from facesnap.errors import InputError
 from facesnap.pipeline import FaceSnapPipeline
@@ -103,6 +108,7 @@ def test_both_names_of_the_dtype_are_known(saved, tiny_readers, name):
         ({"dtype": "bfloat16"}, "The dtype is 'bfloat16'; give one of torch's"),
         ({"dtype": {"unett": torch.float16}}, "no part 'unett' to have a dtype; did you mean 'unet'"),
         ({"device_map": "auto"}, "or leave out device_map"),
+        ({"proxies": {"https": "proxy:3128"}}, "takes proxies from the environment only: set HTTPS_PROXY"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_not_taken_for_damage(saved, tiny_readers, arguments, said):
@@ -174,11 +180,48 @@ def test_a_folder_of_a_variant_alone_names_it(tmp_path, tiny_readers):
 
 
 def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name, **how: asked.update(how) or saved)
-    given = {"revision": "abc", "token": "t", "cache_dir": "/c", "local_files_only": True}
+    asked = []
+    for name in ("hf_hub_download", "snapshot_download"):
+        taken = signature(getattr(huggingface_hub, name))
+        answer = lambda *a, taken=taken, **how: asked.append(taken.bind(*a, **how).arguments) or saved  # noqa: E731
+        monkeypatch.setattr(f"facesnap.folder.{name}", answer)
+    given = {"revision": "abc", "token": "t", "cache_dir": "/c", "local_files_only": True, "force_download": True}
     FaceSnapPipeline.from_pretrained("somebody/facesnap", **given)
-    assert asked == given
+    named = {"repo_id": "somebody/facesnap"}
+    assert asked == [given | named | {"filename": "facesnap.json"}, given | named]
+
+
+def test_of_a_repository_without_facesnap_nothing_else_is_fetched(monkeypatch):
+    def no_such_file(name, file, **how):
+        raise RemoteEntryNotFoundError("no such file", response=httpx.Response(404, request=httpx.Request("GET", "/")))
+
+    monkeypatch.setattr("facesnap.folder.hf_hub_download", no_such_file)
+    monkeypatch.setattr("facesnap.folder.snapshot_download", None)
+    with pytest.raises(InputError, match="'stabilityai/sdxl' has no facesnap.json, so it holds no FaceSnap"):
+        FaceSnapPipeline.from_pretrained("stabilityai/sdxl")
+
+
+def test_our_parts_come_to_the_device_of_a_device_map(saved, tiny_readers, monkeypatch):
+    monkeypatch.setattr("facesnap.components.read_base", lambda *a, **how: tiny_pipeline().to("meta"))
+    again = FaceSnapPipeline.from_pretrained(saved, device_map="meta")
+    assert {part.device.type for part in again.components.values() if isinstance(part, torch.nn.Module)} == {"meta"}
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 5}'])
+def test_an_index_of_pieces_that_is_damaged_is_said(saved, tmp_path, tiny_readers, index):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    assert "unet: the index of its files is damaged." in verify.check(folder).problems
+    with pytest.raises(InputError, match="The base model of the checkpoint .* cannot be read"):
+        FaceSnapPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "mixer/config.json", "facesnap.json"])
+def test_json_of_another_form_is_damage(saved, tmp_path, file):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / file).write_text("[]")
+    with pytest.raises(InputError, match="cannot be (read|loaded)"):
+        checkpoints.load(folder, device="cpu")
 
 
 def test_push_to_hub_uploads_what_was_saved(tmp_path, monkeypatch):
@@ -190,6 +233,12 @@ def test_push_to_hub_uploads_what_was_saved(tmp_path, monkeypatch):
     )
     tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True, repo_id="portraits", token="t", private=True)
     assert sent == {"folder": tmp_path, "repo": "me/portraits", "token": "t"}
+
+
+def test_an_argument_that_saving_does_not_know_is_no_wish_of_the_hubs(pipe, tmp_path):
+    with pytest.raises(TypeError, match="unexpected argument 'torch_dtype'; did you mean 'dtype'"):
+        pipe.save_pretrained(tmp_path / "new", torch_dtype=torch.float16)
+    assert not (tmp_path / "new").exists()
 
 
 def test_pickles_are_not_written(tmp_path):

@@ -1,6 +1,7 @@
 """What a call refuses and leaves behind, and other pipelines that share its parts."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,9 @@ from facesnap.pipeline import FaceSnapPipeline
         ({"pose": np.full((72, 2), "x")}, "not numbers"),
         ({"pose": np.zeros((72, 3))}, "an array of 72 × 3: landmarks are 72 points"),
         ({"pose": np.zeros((5, 2))}, "an array of 5 × 2"),
+        ({"pose": np.full((72, 2), 500.0)}, "No landmark of the pose lies in the portrait of 64 × 64 pixels"),
+        ({"generator": 5}, "generator must be a torch.Generator"),
+        ({"ip_adapter_image": ALICE}, "no IP-Adapter to read the ip_adapter_image: load_ip_adapter"),
     ],
 )
 def test_refused_with_a_sentence(pipe, arguments, sentence):
@@ -65,6 +69,8 @@ def test_refused_with_a_sentence(pipe, arguments, sentence):
         ({"head_size": 0}, "head size is 0; choose a number from 0.5 to 2"),
         ({"size": 64}, "The size is 64; it must be two whole numbers"),
         ({"size": "64"}, "The size is 64; it must be two whole numbers"),
+        ({"size": 0}, "The size is 0; it must be two whole numbers"),
+        ({"size": np.array([64, 64])}, "it must be two whole numbers"),
         ({"expressions": ["smile"]}, "must be names with weights"),
         ({"pose": np.zeros((72, 2), np.float32), "roll": 5}, "followed as they are"),
     ],
@@ -72,6 +78,12 @@ def test_refused_with_a_sentence(pipe, arguments, sentence):
 def test_previews_are_refused_with_a_sentence(pipe, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         pipe.preview(ALICE, **arguments)
+
+
+def test_a_head_of_another_model_is_refused(pipe):
+    head = pipe.preview(ALICE).head
+    with pytest.raises(InputError, match="head of another head model: it has .* 9 of expression"):
+        pipe.preview(ALICE, replace(head, expression=np.zeros(9)), expression="reference")
 
 
 def test_ibugs_68_points_are_landmarks_too(pipe):

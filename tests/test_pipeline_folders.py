@@ -74,16 +74,17 @@ def test_half_precision_on_a_cpu_is_refused(saved, tiny_readers):
 
 def test_hub_ids_are_snapshotted_first(saved, tiny_readers, monkeypatch):
     asked = []
+    monkeypatch.setattr("facesnap.folder.hf_hub_download", lambda name, file: asked.append(file))
     monkeypatch.setattr("facesnap.folder.snapshot_download", lambda name: asked.append(name) or saved)
     assert FaceSnapPipeline.from_pretrained("somebody/facesnap").settings.name == "tiny"
-    assert asked == ["somebody/facesnap"]
+    assert asked == ["facesnap.json", "somebody/facesnap"]
 
 
 def test_missing_folder_is_named(monkeypatch):
-    def offline(name):
+    def offline(name, file):
         raise OSError("no network")
 
-    monkeypatch.setattr("facesnap.folder.snapshot_download", offline)
+    monkeypatch.setattr("facesnap.folder.hf_hub_download", offline)
     with pytest.raises(InputError, match="no folder 'assets/nowhere', and the Hub gave none"):
         FaceSnapPipeline.from_pretrained("assets/nowhere")
     with pytest.raises(InputError, match="no folder './nowhere'; give the folder"):

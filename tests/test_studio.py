@@ -1,7 +1,9 @@
 """The studio: photographs read, portraits made on a GPU that may be borrowed, errors as sentences."""
 
+import json
 import pickle
 import time
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,16 @@ import gradio as gr
 import numpy as np
 import pytest
 from calls import studio_order
+from PIL import Image
 from served import idle
 
 from facesnap.errors import InputError
 from facesnap.web.denoise import Step, gpu_seconds
 from facesnap.web.door import for_visitors, visitor_of
+from facesnap.web.endpoints import MOST_AT_ONCE
+from facesnap.web.line import Busy, Visitor
 from facesnap.web.request import SPECS, STYLES, PortraitRequest, frame
-from facesnap.web.studio import Look, Portrait, Studio, Waiting
+from facesnap.web.studio import READINGS_OF_ADDRESS, Look, Portrait, Studio, Waiting
 from facesnap.web.words import likeness, sentence, unknown_words
 
 
@@ -72,6 +77,15 @@ def test_the_portraits_files_go_when_they_were_taken(pipe, files):
             portraits.append(event)
             assert all(Path(portrait.path).exists() for portrait in portraits)
     assert len(portraits) == 2 and not [p for p in portraits if Path(p.path).exists()]
+
+
+def test_a_portraits_file_says_what_it_takes_to_make_it_again(pipe, files):
+    asked = studio_order(files, prompt="a hat", yaw=12, expressions={"smile": 0.5}, identity_strength=0.5)
+    with closing(Studio(pipe).make(asked)) as events:
+        portrait = next(event for event in events if isinstance(event, Portrait))
+        text = Image.open(portrait.path).text
+    assert json.loads(text["turn"])["yaw"] == 12 and json.loads(text["expressions"]) == {"smile": 0.5}
+    assert (text["prompt"], text["seed"], text["steps"], text["identity_strength"]) == ("a hat", "1", "3", "0.5")
 
 
 def test_all_that_crosses_to_a_borrowed_gpu_can_be_pickled_and_faces_stay_here(pipe, files):
@@ -212,6 +226,21 @@ def test_a_hard_photograph_lets_others_pass_and_fails_but_once(pipe, files, monk
     assert calls == [1, (0, 1)]
     monkeypatch.setattr(pipe.face_analyser, "analyse", analyse)
     assert studio.read(files.ann, "The photo").face.count == 1
+
+
+def test_one_address_takes_few_of_the_places_where_photographs_are_read(pipe, files):
+    studio = Studio(pipe)
+    for line in (studio.readings, studio.hard_readings):
+        with ExitStack() as asked:
+            for session in range(READINGS_OF_ADDRESS):
+                asked.enter_context(line.turn(Visitor("8.8.8.8", f"tab {session}")))
+            with (
+                pytest.raises(Busy, match="Your address has 8 requests in line already"),
+                line.wait(Visitor("8.8.8.8")),
+            ):
+                pass
+            asked.enter_context(line.turn(Visitor("9.9.9.9")))
+    assert READINGS_OF_ADDRESS < MOST_AT_ONCE / 4
 
 
 def test_what_the_log_keeps_of_an_error_is_not_what_a_visitor_wrote(caplog):

@@ -16,12 +16,12 @@ from facesnap.checkpoints import sources, verify
 from facesnap.checkpoints.plans import Plan, fetch, plan
 from facesnap.errors import InputError, reading
 from facesnap.face_adapter import FaceAdapter
-from facesnap.faces import FaceAnalyser
+from facesnap.faces import FaceAnalyser, check_providers
 from facesnap.folder import KINDS, Settings, read_weights
 from facesnap.heads import from_pretrained as read_head
 from facesnap.heads import gnm
 from facesnap.instantid import InstantIDPipeline
-from facesnap.memory import check_mode, default_device
+from facesnap.memory import check_mode, device_of
 from facesnap.pipeline import FaceSnapPipeline
 
 PIPELINES: dict[str, type[FaceSnapPipeline]] = {made.kind: made for made in (FaceSnapPipeline, InstantIDPipeline)}
@@ -64,7 +64,8 @@ def load(
     face_pack = face_pack or os.environ.get("FACESNAP_FACE_PACK")
     head = head or os.environ.get("FACESNAP_HEAD")
     memory = memory or os.environ.get("FACESNAP_MEMORY")
-    target = torch.device(device or default_device())
+    target = device_of(device)
+    check_providers(providers)
     if memory is not None:
         check_mode(memory, target)  # before gigabytes are read
     wanted = plan(name, base=base, lora=lora, face_pack=face_pack, head=head)

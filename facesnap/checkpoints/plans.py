@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from facesnap.checkpoints import sources as known
 from facesnap.checkpoints.sources import DEFAULT_BASE, KNOWN_BASES, SDXL, SDXL_SMALL, File, Source
-from facesnap.errors import InputError, did_you_mean
+from facesnap.errors import InputError, did_you_mean, shown
 from facesnap.folder import BASE_PARTS, HUB_ID, SETTINGS_NAME, Settings, read_settings
 
 MINI = Path(__file__).parents[2] / "assets" / "mini"
@@ -67,6 +68,10 @@ def plan(
     Raises:
         InputError: there is no such name, folder or repository.
     """
+    given_names = {"model": name, "base model": base, "LoRA": lora, "face pack": face_pack, "head": head}
+    for what, given in given_names.items():
+        if not isinstance(given, str | os.PathLike | None):
+            raise InputError(f"The {what} is named by a text or a path, not by a {type(given).__name__}.")
     places: dict[str, Path] = {}
     sources: dict[str, Source] = {}
     kind, own = _find_weights(name, places, sources)
@@ -82,12 +87,14 @@ def plan(
     if "head" in sources:
         sources["head_landmarks"] = known.HEAD_LANDMARKS
     if lora is not None:
-        if Path(lora).exists():
+        if os.path.exists(lora):  # Path's own falls over a name that is too long
             places["lora"] = Path(lora)
         elif re.fullmatch(HUB_ID, str(lora)):
             sources["lora"] = listing(str(lora), "LoRA")
         else:
-            raise InputError(f"There is no LoRA '{lora}'; give its safetensors file, its folder or its Hub id.")
+            raise InputError(
+                f"There is no LoRA '{shown(lora, 200)}'; give its safetensors file, its folder or its Hub id."
+            )
     chosen = str(base or DEFAULT_BASE) if "base" in (places | sources) else None
     return Plan(str(name), kind, places, sources, chosen, base is not None)
 
@@ -98,7 +105,7 @@ def _find_weights(name: str | Path, places: dict[str, Path], sources: dict[str, 
         sources["weights"] = known.INSTANTID
         return "instantid", {"mixer", "ffrnet"}
     folder = MINI if str(name) == "mini" else Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         places["weights"] = folder
         return read_settings(folder, name).kind, {place.name for place in folder.iterdir()}
     if re.fullmatch(HUB_ID, str(name)):
@@ -112,20 +119,22 @@ def _find_weights(name: str | Path, places: dict[str, Path], sources: dict[str, 
 def _unknown(name: str | Path) -> InputError:
     names = ["mini", "instantid", *(place.name for place in MINI.parent.glob("*") if (place / SETTINGS_NAME).is_file())]
     hint = did_you_mean(name, names, "there are mini, instantid, folders and Hub ids owner/name.")
-    return InputError(f"There is no model '{name}'; {hint}")
+    return InputError(f"There is no model '{shown(name, 200)}'; {hint}")
 
 
 def existing_folder(given: str | Path, part: str) -> Path:
-    if not Path(given).is_dir():
-        raise InputError(f"There is no folder '{given}' for the {part.replace('_', ' ')}; give an existing one.")
+    if not os.path.isdir(given):
+        raise InputError(
+            f"There is no folder '{shown(given, 200)}' for the {part.replace('_', ' ')}; give an existing one."
+        )
     return Path(given)
 
 
 def find_base(base: str, places: dict[str, Path], sources: dict[str, Source]) -> None:
     path = MINI if base == "mini" else Path(base)
-    if path.is_dir():
+    if os.path.isdir(path):
         places["base"] = path
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise InputError(f"The base model '{path.name}' is no safetensors file; convert it first.")
         places["base"] = path
@@ -135,7 +144,7 @@ def find_base(base: str, places: dict[str, Path], sources: dict[str, Source]) ->
     elif re.fullmatch(HUB_ID, base):
         sources["base"] = listing(base, "base model")
     else:
-        raise InputError(f"There is no base model '{base}'; give a folder, a safetensors file or a Hub id.")
+        raise InputError(f"There is no base model '{shown(base, 200)}'; give a folder, a safetensors file or a Hub id.")
 
 
 def listing(repo: str, part: str) -> Source:

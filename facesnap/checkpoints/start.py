@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -16,7 +17,7 @@ from facesnap.checkpoints import sources as known
 from facesnap.checkpoints.loading import ffrnet_place, read_base, read_parts, sample_as
 from facesnap.checkpoints.plans import Plan, existing_folder, fetch, find_base
 from facesnap.checkpoints.sources import BASES, START_BASE, Source, is_distilled
-from facesnap.errors import InputError, did_you_mean, reading
+from facesnap.errors import InputError, did_you_mean, reading, shown
 from facesnap.faces import Recogniser
 from facesnap.ffrnet import VARIANTS, FFRNet, Variant
 from facesnap.folder import SCORER_NAME, SETTINGS_NAME, Settings, read_settings, read_weights
@@ -149,8 +150,8 @@ def _start_plan(
         sources["head_landmarks"] = known.HEAD_LANDMARKS
     lent = lender / "scorer" / SCORER_NAME if lender is not None and lends else None
     if scorer is not None:
-        if not Path(scorer).is_file():
-            raise InputError(f"There is no scorer '{scorer}'; give the ONNX file of a recogniser.")
+        if not os.path.isfile(scorer):
+            raise InputError(f"There is no scorer '{shown(scorer, 200)}'; give the ONNX file of a recogniser.")
         places["scorer"] = Path(scorer)
     elif lent is not None and lent.is_file():
         places["scorer"] = lent
@@ -160,9 +161,9 @@ def _start_plan(
         files = tuple(file for file in known.INSTANTID.files if file.path.startswith("ControlNetModel/"))
         sources["ffrnet"] = replace(known.INSTANTID, files=files)
     elif ffrnet is not None and str(ffrnet) != "unet":
-        if not Path(ffrnet).is_dir():
+        if not os.path.isdir(ffrnet):
             hint = did_you_mean(ffrnet, ("unet", "instantid"), "give unet, instantid or the folder of one.")
-            raise InputError(f"There is no FFRNet '{ffrnet}'; {hint}")
+            raise InputError(f"There is no FFRNet '{shown(ffrnet, 200)}'; {hint}")
         places["ffrnet"] = Path(ffrnet)
     name = chosen if lender is None else lender.name
     base_name = chosen if chosen in BASES else name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import CLIPTokenizer, CLIPVisionModel
 
 from facesnap import headers
 from facesnap.checkpoints.sources import CLIP, FACE_PACK, HEAD
-from facesnap.errors import InputError
+from facesnap.errors import InputError, shown
 from facesnap.faces import FaceAnalyser, Recogniser
 from facesnap.folder import BASE_CLASSES, BASE_PARTS, KINDS, SCORER_NAME, place_of, read_settings
 from facesnap.heads import from_pretrained as read_head
@@ -57,9 +58,9 @@ class Report:
 
 def check(folder: str | Path) -> Report:
     """Verify a checkpoint folder; raises InputError where there is none (no facesnap.json)."""
+    if not os.path.isdir(folder):  # Path's own falls over a name that is too long
+        raise InputError(f"There is no folder '{shown(folder, 200)}'.")
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"There is no folder '{folder}'.")
     settings = read_settings(folder)
     classes = BASE_CLASSES | KINDS[settings.kind]
     names = (*BASE_PARTS, *KINDS[settings.kind], "face_analyser", "head_model", "scorer")
@@ -114,7 +115,7 @@ def weights(name: str, place: Path, model_class: Any) -> Part:
         problems.append(f"its tensors are of several dtypes, {', '.join(sorted(dtypes))}.")
     if dtypes - {"F16", "BF16", "F32"}:
         problems.append(f"its tensors are {', '.join(sorted(dtypes))}; float32, float16 or bfloat16 is needed.")
-    size = sum(file.stat().st_size for file in headers.weight_files(place)[0])
+    size = sum(file.stat().st_size for file in headers.weight_files(place)[0]) if found else 0
     named = tuple(f"{name}: {problem}" for problem in problems)
     return Part(name, len(found), size, "/".join(sorted(dtypes)), named)
 
@@ -195,9 +196,10 @@ def mismatches(configs: dict[str, dict[str, Any] | None]) -> list[str]:
 
 def _config(place: Path, name: str = "config.json") -> dict[str, Any] | None:
     try:
-        return json.loads((place / name).read_text(encoding="utf-8"))
+        config = json.loads((place / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return config if isinstance(config, dict) else None
 
 
 def table(report: Report) -> str:

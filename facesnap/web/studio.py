@@ -6,6 +6,7 @@ happens when Stop is pressed or a tab is closed, raises inside the denoising loo
 """
 
 import hashlib
+import json
 import secrets
 import tempfile
 import time
@@ -32,9 +33,13 @@ from facesnap.web.words import likeness, unknown_words
 
 MOST_WAITING = 12  # for a portrait, beside the one that is made
 EACH_SESSION, EACH_ADDRESS = 2, 6
-MOST_READINGS = 64  # of one kind in line
+MOST_READINGS, READINGS_OF_ADDRESS = 64, 8  # of one kind in line; Gradio hands over 40 requests at a time
 LARGE = 6e6  # pixels: what has to be decoded whole and is larger is read beside the hard photographs
 MOST_FAILURES = 256
+KEPT = (  # of a report, in the file of its portrait
+    "model", "mode", "prompt", "style", "negative_prompt", "pose", "turn", "expression", "expression_strength",
+    "expressions", "steps", "guidance", "identity_strength", "landmark_strength", "scheduler", "licence",
+)  # fmt: skip
 MARK, MARK_METHOD = "FaceSnap", "dwtDctSvd"  # the invisible watermark's text, and how `invisible-watermark` writes it
 
 
@@ -95,7 +100,8 @@ class Studio:
         self.portraits = Line(most=most_waiting, each_session=EACH_SESSION, each_address=EACH_ADDRESS)
         # ONNX Runtime keeps the memory of as many analyses as ever ran at once, and they are short. A photograph in
         # which no face is seen at once is searched for ten times as long: beside the others and not before them.
-        self.readings, self.hard_readings = Line(most=MOST_READINGS), Line(most=MOST_READINGS)
+        places = {"most": MOST_READINGS, "each_address": READINGS_OF_ADDRESS}
+        self.readings, self.hard_readings = Line(**places), Line(**places)
         self._denoise = on_gpu(denoiser(pipeline))
         self._allowed = allowed
         self._failures: OrderedDict[bytes, str] = OrderedDict()  # by the files' digests, so that each costs only once
@@ -350,6 +356,6 @@ def marked(picture: Image.Image) -> np.ndarray:
 
 
 def _notes(report: dict[str, Any]) -> dict[str, str]:
-    """What is written into the PNG: enough to make the picture again, nothing about the visitor."""
-    kept = ("model", "mode", "prompt", "style", "negative_prompt", "pose", "steps", "guidance", "scheduler", "licence")
-    return {"Software": "FaceSnap", "seed": str(report["pictures"][-1]["seed"])} | {k: str(report[k]) for k in kept}
+    """What is written into the PNG: what, beside the photos, makes the picture again; nothing about the visitor."""
+    kept = {name: report[name] if isinstance(report[name], str) else json.dumps(report[name]) for name in KEPT}
+    return {"Software": "FaceSnap", "seed": str(report["pictures"][-1]["seed"])} | kept

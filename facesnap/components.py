@@ -58,7 +58,7 @@ class Components(StableDiffusionXLPipeline):
     IP-Adapter's own.
     """
 
-    _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS]
+    _optional_components = [*StableDiffusionXLPipeline._optional_components, *OUR_PARTS, "settings"]
     kind = "facesnap"  # of its checkpoints, one of `folder.KINDS`
     every_step: tuple[str, ...] = ("unet", "ffrnet")  # what runs at every step; the rest, once a picture
 
@@ -106,13 +106,8 @@ class Components(StableDiffusionXLPipeline):
             face_analyser=face_analyser,
             head_model=head_model,
             scorer=scorer,
+            settings=settings or Settings(),  # so that `FaceSnapPipeline(**pipe.components)` has them too
         )
-        self.settings = settings or Settings()
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """All that another pipeline is made of, by `FaceSnapPipeline(**pipe.components)`: the settings too."""
-        return super().components | {"settings": self.settings}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -151,7 +146,7 @@ class Components(StableDiffusionXLPipeline):
         dtype = dtype or torch_dtype
         check_dtype(dtype)
         place = local_folder(model, **hub)
-        settings = read_settings(place, model, cls.kind)
+        settings = kwargs.pop("settings", None) or read_settings(place, model, cls.kind)
         check_variant(place, model, variant, given | kwargs)
         ours = read_parts(place, model, settings, dtype, providers=providers, given=given, variant=variant)
         base = read_base(place, model, dtype, variant=variant, **kwargs)
@@ -182,7 +177,7 @@ class Components(StableDiffusionXLPipeline):
         """
         if missing := [name for name in BASE_PARTS if not hasattr(pipeline, name)]:
             raise InputError(f"from_pipe takes an SDXL pipeline; this {type(pipeline).__name__} has no {missing[0]}.")
-        settings = getattr(pipeline, "settings", None)
+        own_settings, settings = components.pop("settings", None), getattr(pipeline, "settings", None)
         ours = {name: getattr(pipeline, name, None) for name in OUR_PARTS}
         _refuse_strangers(components)
         given = {name: components.pop(name) for name in OUR_PARTS if name in components}
@@ -192,7 +187,7 @@ class Components(StableDiffusionXLPipeline):
             loaded = read_parts(place, model, settings, pipeline.unet.dtype, providers=providers, given=given)
             _beside(pipeline.unet, loaded)
             ours |= loaded
-        return cls._around(pipeline, ours | given, settings, **components)
+        return cls._around(pipeline, ours | given, own_settings or settings, **components)
 
     @classmethod
     def _around(cls, base: Any, ours: dict[str, Any], settings: Settings | None, **overrides: Any) -> Self:

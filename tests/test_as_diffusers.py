@@ -214,6 +214,7 @@ def test_photos_are_scored_against_photos_and_never_against_nothing(pipe):
 
 def test_a_pipeline_of_the_same_components_has_the_same_settings(pipe):
     assert FaceSnapPipeline(**pipe.components).settings == pipe.settings != Settings()
+    assert FaceSnapPipeline.from_pipe(stock_of(pipe), **pipe.components).settings == pipe.settings
 
 
 @pytest.mark.parametrize("other", [None, "runwayml", torch.nn.Linear(1, 1)])

@@ -20,6 +20,7 @@ from prepared_shards import report_of, samples_of
 from facesnap.landmarks import eye_distance
 from facesnap.synthetic.dataset import GLASSES, HAIR, HAT, SKIN, read_shard
 from facesnap.training.prepare import __main__ as prepare
+from facesnap.training.prepare.engines import start
 
 # rendered people ----------------------------------------------------------------------------------------
 
@@ -132,6 +133,18 @@ def test_ray_gives_the_shards_of_one_process_and_goes_on_after_a_kill(prepared, 
     assert {part: part.stat().st_mtime_ns for part in done} == done
     for shard in prepared.out.glob("shard-*"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_rays_large_models_stay_in_one_process_of_a_machine(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def slowly(_):
+        time.sleep(0.5)
+        return os.getpid()
+
+    with start("ray", 3) as engine:
+        assert len({future.result() for future in [engine.few.submit(slowly, k) for k in range(3)]}) == 1
 
 
 # photographs that every installation has ----------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import socket
 import tarfile
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,11 @@ def test_what_one_machine_of_several_lacks_is_named_with_it(pack, photos, tmp_pa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    elsewhere = replace(job, providers=("NoSuchExecutionProvider",))
+    with pytest.raises(
+        InputError, match=f"no NoSuchExecutionProvider here.* leave out --providers .*{socket.gethostname()}"
+    ):
+        find(elsewhere)
     with monkeypatch.context() as patch, pytest.raises(InputError, match=f"{socket.gethostname()} .*No space left"):
         patch.setattr("facesnap.training.prepare.parts.np.save", full)
         find(job)

@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +219,28 @@ def test_the_configs_parse(path):
         assert config.lr > 0 and config.trainer().steps == config.steps
 
 
+def test_a_path_at_home_is_found_though_no_shell_writes_it_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    config = read_config(None, ["model=a", "shards=b", "out=~/run", "identity.recogniser=~/phi.onnx"])
+    assert config.identity.recogniser == "/somebody/phi.onnx" and config.out == "/somebody/run"
+
+
+def test_a_missing_recogniser_is_named_before_the_start_is_read(tmp_path):
+    config = read_config(None, ["model=nowhere", "shards=b", f"out={tmp_path}", "identity.recogniser=phi.onnx"])
+    with pytest.raises(ValueError, match="there is no recogniser at phi.onnx"):
+        run(config, stream=stream(2))
+
+
+def test_deepspeed_is_told_what_it_asks_for_and_casts_nothing():
+    told = load_config_from_file(str(ROOT / "configs" / "accelerate-zero2.yaml"))
+    assert told.mixed_precision == "no"  # else the average of the weights would be bfloat16, and stand still
+    assert "gradient_accumulation_steps" not in told.deepspeed_config  # accelerate would read it as a number
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": "auto"})
+    config = read_config(None, ["model=a", "shards=b", "out=c", "clip=0.5", "data.batch_size=3"])
+    train._tell_deepspeed(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), config)
+    assert plugin.deepspeed_config == {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 3}
+
+
 def test_losses_go_to_tensorboard(start, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -233,3 +257,14 @@ def test_shards_of_another_recogniser_are_refused(start, prepared, tmp_path):
     with pytest.raises(ValueError, match="of another recogniser than .*model's: .*--pack .*model/face_pack"):
         run(config)
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_validation_of_another_recogniser_is_refused_too(start, prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared.out, tmp_path / "others")
+    for listed in (tmp_path / "others").glob("shard-*.json"):
+        told = json.loads(listed.read_text())
+        monkeypatch.setattr(tiny.TinyAnalyser, "recogniser_digest", told["recogniser"])
+        listed.write_text(json.dumps(told | {"recogniser": "other"}))
+    more = {"shards": prepared.out, "validation": tmp_path / "others", "data.resolution": 64}
+    with pytest.raises(ValueError, match="others holds the embeddings of another recogniser"):
+        run(read_config(None, words(start, tmp_path / "out", **more)))

@@ -152,6 +152,21 @@ def test_bfloat16_on_a_cpu_is_trained_by_one_thread(tmp_path):
         torch.set_num_threads(before)
 
 
+def test_nothing_around_the_loss_can_turn_its_autocast_off(tmp_path):
+    """As DeepSpeed does around its own forward."""
+    kinds = []
+
+    class Seen(Line):
+        def loss(self, batch, step, generator):
+            kinds.append(self.net(batch["x"]).dtype)
+            return super().loss(batch, step, generator)
+
+    trainer = Trainer(Seen(), config(tmp_path))
+    with torch.autocast("cpu", enabled=False):
+        trainer.update(trainer.stage.batch(np.random.default_rng(0)))
+    assert kinds == [torch.bfloat16]
+
+
 def test_averaged_weights_are_put_back_even_after_an_error(tmp_path):
     trainer = Trainer(Line(), config(tmp_path))
     before = [p.detach().clone() for p in trainer.parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +114,16 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
                 raise ValueError(f"{section!r} of {word!r} is no section of the config")
         place[last] = yaml.safe_load(value)
     try:
-        return TypeAdapter(TrainConfig).validate_python(given)
+        return TypeAdapter(TrainConfig).validate_python(_at_home(given))
     except ValidationError as error:
         raise ValueError(_sentence(error)) from error
+
+
+def _at_home(given: Any) -> Any:
+    """The config with its ~/ written out, which no shell does in `identity.recogniser=~/…`."""
+    if isinstance(given, dict):
+        return {name: _at_home(value) for name, value in given.items()}
+    return os.path.expanduser(given) if isinstance(given, str) and given.startswith("~/") else given
 
 
 def _sentence(error: ValidationError) -> str:

@@ -71,7 +71,7 @@ def shard_validation(config: TrainConfig) -> Batch | None:
         return None
     data = dataclasses.replace(
         config.data, augment=False, buckets=False, batch_size=config.validation_samples, max_references=1,
-        drop_text=0.0, drop_face=0.0, drop_landmarks=0.0, fitted_share=0.0,
+        drop_text=0.0, drop_face=0.0, drop_landmarks=0.0, fitted_share=0.0, worse_share=0.0,
     )  # fmt: skip
     return next(iter(photo_loader(PhotoShards(config.validation or config.shards, data))))
 
@@ -84,11 +84,12 @@ def run(
     stream, validation, data: batches, the sheets' batch and the data's fingerprint, where they are not to come from
     `config.shards`. Raises ValueError or InputError for what is wrong with the config, the model or φ.
     """
-    recogniser = None
+    recognisers: dict[str, str | None] = {}
     if stream is None:
         stream, validation = shard_stream(config), shard_validation(config)
-        shards = PhotoShards(config.shards, config.data)
-        data, recogniser = shards.fingerprint, shards.recogniser
+        data = PhotoShards(config.shards, config.data).fingerprint
+        places = [place for place in (config.shards, config.validation) if place is not None]
+        recognisers = {place: PhotoShards(place, config.data).recogniser for place in places}
     settings = config.trainer()
     out = Path(config.out)
     for tracker in config.trackers:
@@ -99,11 +100,12 @@ def run(
     set_seed(config.seed)
     stage = make_stage(config, stream, accelerator.device, validation=validation, data=data)
     reads = stage.pipe.face_analyser
-    if recogniser and reads is not None and reads.recogniser_digest != recogniser:
-        raise ValueError(
-            f"{config.shards} holds the embeddings of another recogniser than {config.model}'s: prepare the shards "
-            f"with --pack {config.model}/face_pack --head {config.model}/head"
-        )
+    for place, recogniser in recognisers.items():
+        if recogniser and reads is not None and reads.recogniser_digest != recogniser:
+            raise ValueError(
+                f"{place} holds the embeddings of another recogniser than {config.model}'s: prepare the shards "
+                f"with --pack {config.model}/face_pack --head {config.model}/head"
+            )
     record(config, accelerator, data)
     trainer = Trainer(stage, settings, accelerator)
     if config.trackers:
@@ -119,14 +121,16 @@ def make_stage(
 ) -> PortraitStage:
     """The stage of a config: the model, φ, the lightning branch and the caches."""
     dtype = PRECISIONS[config.base_precision or (config.precision if device.type != "cpu" else "fp32")] or torch.float32
+    recogniser = config.identity.recogniser
+    phi = None if recogniser is None else IResNet.from_onnx(recogniser)  # first: START takes minutes
     pipe = read_start(config.model, dtype)
     if config.variant is not None:
         pipe.settings = dataclasses.replace(pipe.settings, variant=config.variant)
     check_model(pipe, config.model)
     identity_loss, lightning = None, None
-    if config.identity.recogniser is not None:
+    if phi is not None:
         lightning = load_lightning(config.identity.lightning, pipe, dtype, config.identity.steps)
-        identity_loss = IdentityLoss.of(pipe, IResNet.from_onnx(config.identity.recogniser), config.identity)
+        identity_loss = IdentityLoss.of(pipe, phi, config.identity)
     caches: dict[str, Cache | None] = {"latent_cache": None, "text_cache": None}
     if config.cache is not None:
         # what is in the caches holds for these encoders, these shards and this cut only
@@ -278,10 +282,11 @@ def stage_data(config: TrainConfig) -> str:
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """DeepSpeed asks for the batch size, which it otherwise reads from a prepared loader."""
+    """DeepSpeed asks for the batch size, which it otherwise reads from a prepared loader, and clips by itself."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.data.batch_size
+        plugin.deepspeed_config["gradient_clipping"] = config.clip
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

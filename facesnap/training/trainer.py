@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,21 @@ class TrainerConfig:
 
 
 class _Loss(nn.Module):
-    """The stage's loss as one module's forward, which holds all that learns: what DDP, FSDP and DeepSpeed wrap."""
+    """The stage's loss as one module's forward, which holds all that learns: what DDP, FSDP and DeepSpeed wrap.
 
-    def __init__(self, stage: Stage, modules: dict[str, nn.Module]) -> None:
+    autocast: entered here, since DeepSpeed turns off one that was entered around its own forward.
+    """
+
+    def __init__(
+        self, stage: Stage, modules: dict[str, nn.Module], autocast: Callable[[], contextlib.AbstractContextManager]
+    ) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.autocast = stage, autocast
         self.parts = nn.ModuleDict(modules)
 
     def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.stage.loss(batch, step, generator)
+        with self.autocast():
+            return self.stage.loss(batch, step, generator)
 
 
 class Trainer:
@@ -161,7 +167,8 @@ class Trainer:
             self.modules, stage.rates(), name=config.optimiser, lr=config.lr, betas=config.betas,
             weight_decay=config.weight_decay,
         )  # fmt: skip
-        self.learning, *self.optimisers = self.accelerator.prepare(_Loss(stage, self.modules), *optimisers)
+        whole = _Loss(stage, self.modules, self._autocast)
+        self.learning, *self.optimisers = self.accelerator.prepare(whole, *optimisers)
         inner = self.accelerator.unwrap_model(self.learning, keep_torch_compile=False)
         named = [(name.removeprefix("parts."), p) for name, p in inner.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]  # "module.parameter" of each parameter that learns
@@ -246,8 +253,7 @@ class Trainer:
             generator = torch.Generator(self.device).manual_seed(seed)
             torch.manual_seed(seed + self.stage.rank)  # for modules that draw from the global generator (dropout)
             with accelerator.accumulate(self.learning), plain_attention(self.device):
-                with self._autocast():
-                    loss, logs = self.learning(batch, self.step, generator)
+                loss, logs = self.learning(batch, self.step, generator)
                 self._check(loss, batch, logs.pop("each", None))
                 parts = logs.pop("parts", {})
                 if k == 0 and _due(config.gradients_every, self.step + 1, False, False):

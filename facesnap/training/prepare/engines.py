@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from facesnap.errors import InputError
@@ -35,7 +35,7 @@ def start(name: str, workers: int, *, device: str = "cpu", small_on_gpu: bool = 
     Args:
         name: one of `ENGINES`. "ray" joins the cluster at RAY_ADDRESS, else it starts one on this machine.
         workers: processes, or CPUs of a cluster of this machine's own.
-        device: of the large models. On "cuda" a task of theirs gets a GPU to itself.
+        device: of the large models: one process to a GPU, or to a machine where it is "cpu".
         small_on_gpu: the small nets want a GPU too (matters on Ray, which gives none unasked).
 
     Raises:
@@ -161,6 +161,27 @@ class _Tasks(Executor):
         return self.known[task].remote(*args, **kwargs).future()
 
 
+class _Run:
+    def task(self, task: Callable[..., Any], *args: Any) -> Any:
+        return task(*args)
+
+
+class _Actors(Executor):
+    """Ray actors, a process each for as long as the engine lives: tasks would run in whichever process is idle, and in
+    time the large models would be loaded in many of them. They begin with the first task."""
+
+    def __init__(self, ray: Any, count: int, gpus: float) -> None:
+        # no CPU is kept for them: on a cluster of one they would keep it from all other tasks
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": ATTEMPTS, "max_task_retries": ATTEMPTS}
+        self.make, self.count = ray.remote(scheduling_strategy="SPREAD", **options)(_Run), count
+        self.turn: Iterator[Any] | None = None
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        if self.turn is None:
+            self.turn = cycle([self.make.remote() for _ in range(self.count)])
+        return next(self.turn).task.remote(task, *args).future()
+
+
 @contextmanager
 def _ray(workers: int, device: str, small_on_gpu: bool) -> Iterator[Engine]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -179,7 +200,8 @@ def _ray(workers: int, device: str, small_on_gpu: bool) -> Iterator[Engine]:
         if device == "cuda" and not has.get("GPU"):
             raise InputError("--device cuda needs a GPU in the Ray cluster, and it has none: give --device cpu")
         many = _Tasks(ray, 1, SMALL if small_on_gpu else 0)
-        few = _Tasks(ray, 1, LARGE if device == "cuda" else 0)
+        machines = sum(node["Alive"] for node in ray.nodes())
+        few = _Actors(ray, int(has["GPU"]), LARGE) if device == "cuda" else _Actors(ray, machines, 0)
         yield Engine(many, few, int(has.get("CPU", 1)))
     finally:
         ray.shutdown()

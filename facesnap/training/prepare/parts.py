@@ -22,6 +22,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnxruntime
 import webdataset
 
 from facesnap.errors import InputError
@@ -94,8 +95,14 @@ def find(job: PartJob) -> None:
 
 @lru_cache(1)
 def load_preparer(options: Options, providers: tuple[str, ...]) -> Preparer:
-    """The nets of this process; raises InputError where one cannot be loaded."""
+    """The nets of this process; raises InputError where one cannot be loaded, or would run elsewhere than asked."""
     cv2.setNumThreads(1)
+    has = onnxruntime.get_available_providers()
+    if absent := [name for name in providers if name not in has]:  # it would take the CPU, and say nothing
+        raise InputError(
+            f"ONNX Runtime has no {absent[0]} here, but {', '.join(has)}: for a GPU install onnxruntime-gpu in place "
+            "of onnxruntime (docs/gpu.md), or leave out --providers"
+        )
     try:
         with one_core():
             return Preparer(options, providers)

@@ -46,7 +46,10 @@ def unet_of(pipeline: Any, like: Any) -> Any:
 
 
 def check_frame(control: Tensor, latents: Tensor, net: Any) -> None:
-    """InputError unless the control picture was drawn for the picture that is made; torch would speak of tensors."""
+    """InputError unless the control picture was drawn for the picture that is made; torch would speak of tensors. One
+    that was embedded before, as in training, has no longer three channels."""
+    if control.shape[1] != 3:
+        return
     reduction = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
     drawn, made = control.shape[-2:], [reduction * side for side in latents.shape[-2:]]
     if list(drawn) != made:

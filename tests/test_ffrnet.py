@@ -6,6 +6,7 @@ from tiny import POOLED_DIM, TOKEN_DIM, tiny_ffrnet, tiny_unet
 
 from facesnap.attachment import GUIDED, UNGUIDED
 from facesnap.ffrnet import FFRNet, attach
+from facesnap.training.portraits import embedded
 
 
 def call(batch=1, channels=16, seed=0, halves=1):
@@ -60,6 +61,14 @@ def test_from_unet_gives_an_ffrnet_with_the_unets_encoder(unet):
 def test_widths_that_do_not_fit_the_vae_are_refused(unet):
     with pytest.raises(ValueError, match="4 widths reduce the control picture 8x, the VAE 16x"):
         FFRNet.from_unet(unet, vae_scale_factor=16, conditioning_embedding_out_channels=(4, 4, 4, 8))
+
+
+def test_a_drawing_that_was_embedded_before_gives_the_same(unet, ffrnet):
+    """What training keeps; its side is that of the latents."""
+    kept = face() | {"control": ffrnet.controlnet_cond_embedding(face()["control"])}
+    with embedded(ffrnet):
+        again = run(unet, ffrnet, call(), **kept)
+    assert torch.equal(again, run(unet, ffrnet, call(), **face()))
 
 
 def test_zero_initialised_equals_the_base_bit_for_bit(unet):

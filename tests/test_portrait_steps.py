@@ -154,6 +154,16 @@ def test_the_lightning_branch_is_a_unet_or_a_lora_of_the_base(start, tmp_path):
     tiny.tiny_unet(in_channels=4).save_pretrained(tmp_path / "foreign")
     with pytest.raises(InputError, match="of another architecture than the base .in_channels 4, the base has 16"):
         train.load_lightning(str(tmp_path / "foreign"), pipe, torch.float32, 4)
+    save_file(tiny.tiny_unet(in_channels=4).state_dict(), tmp_path / "foreign.safetensors")
+    save_file({"lora_of_something_else": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    for name, sentence in (
+        ("foreign", "lightning UNet 'foreign.safetensors' cannot be read .* made from the base"),
+        ("lora", "LoRA 'lora.safetensors' does not fit this base"),
+        ("torn", "lightning file 'torn.safetensors' cannot be read"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            train.load_lightning(str(tmp_path / f"{name}.safetensors"), pipe, torch.float32, 4)
 
 
 def test_sdxl_lightning_is_fetched_at_a_commit_for_the_steps_it_has(start, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def load(
     if wanted.base_was_chosen or wanted.is_public_instantid:
         sample_as(pipe, wanted.base)
     if "lora" in wanted.places or "lora" in wanted.sources:
-        _load_lora(pipe, wanted.place("lora"))
+        load_lora(pipe, wanted.place("lora"))
     pipe.set_memory(memory, target)
     return pipe
 
@@ -163,7 +163,9 @@ def read_parts(wanted: Plan, stock: Any, dtype: torch.dtype, providers: tuple[st
     return given
 
 
-def _load_lora(pipe: Any, place: Path) -> None:
+def load_lora(pipe: Any, place: Path) -> None:
+    """A LoRA, one safetensors file or the folder of one, into an SDXL pipeline; InputError where it is none or does not
+    fit."""
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise InputError(f"'{place.name}' is no LoRA: one safetensors file is needed, {len(files)} were found.")

@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from facesnap.checkpoints.loading import load_lora
 from facesnap.errors import InputError, reading
 from facesnap.folder import KINDS, local_folder, read_weights
 from facesnap.pipeline import FaceSnapPipeline
@@ -195,7 +196,7 @@ def load_lightning(name: str | None, pipe: FaceSnapPipeline, dtype: torch.dtype,
     if path.is_dir():
         unet = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     elif path.is_file():
-        with safe_open(path, "pt") as file:
+        with reading(f"The lightning file '{path.name}'"), safe_open(path, "pt") as file:
             is_lora = any("lora" in key for key in file.keys())  # noqa: SIM118
         unet = _with_lora(pipe, path) if is_lora else _read_unet(pipe, path, dtype)
     else:
@@ -228,7 +229,8 @@ def fetched_lightning(steps: int) -> Path:
 def _read_unet(pipe: FaceSnapPipeline, path: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(pipe.unet.config)
-    unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, assign=True)
+    with reading(f"The lightning UNet '{path.name}'", "give one made from the base, whole"):
+        unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, assign=True)
     return unet
 
 
@@ -236,7 +238,7 @@ def _with_lora(pipe: FaceSnapPipeline, path: Path) -> UNet2DConditionModel:
     unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.dtype)
     unet.load_state_dict(pipe.unet.state_dict())
     holder = StableDiffusionXLPipeline(pipe.vae, None, None, None, None, unet, pipe.scheduler, add_watermarker=False)
-    holder.load_lora_weights(str(path))
+    load_lora(holder, path)
     holder.fuse_lora(components=["unet"])
     holder.unload_lora_weights()
     return unet

@@ -100,7 +100,7 @@ def test_shards_are_read_like_folders(pack, tmp_path):
     assert people[0] == people[1] != people[2]
 
 
-def test_captions_and_identities_from_tables(pack, photos, tmp_path):
+def test_captions_and_identities_from_tables(pack, photos, tmp_path, capsys):
     for name in ("a", "b", "c"):
         Image.fromarray(squares((120, 120, 16, BLUE))).save(photos / f"{name}.png")
         (photos / f"{name}.txt").write_text("beside the photo")
@@ -108,6 +108,7 @@ def test_captions_and_identities_from_tables(pack, photos, tmp_path):
     (tmp_path / "who.csv").write_text("file,identity\na.png,7\nc.png,7\n")
     words = ["--captions", tmp_path / "captions.csv", "--identities", tmp_path / "who.csv"]
     samples = run(photos, tmp_path / "out", pack, *words)
+    assert "1 of 3 photographs, such as b.png, have no row in the table" in capsys.readouterr().err
     assert [samples[f"{n}.png:0"]["about"]["caption"] for n in "abc"] == ["a man", "", ""]
     assert len({samples[f"{n}.png:0"]["about"]["identity"] for n in "ac"}) == 1
     assert {s["about"]["caption"] for s in run(photos, tmp_path / "2", pack).values()} == {"beside the photo"}

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -141,7 +142,10 @@ def main(words: Sequence[str] | None = None) -> None:
     photos, broken = list_photos(args.source, out)
     for how, column in ((options.identities, "identity"), (options.captions, "caption")):
         if how not in ("embedding", "folder", "prefix", "none", "given", "blip2"):
-            read_table(how, column, photos)  # before the work, not after it
+            table = read_table(how, column, photos)  # before the work, not after it
+            if absent := [photo.name for photo in photos if photo.name not in table]:
+                some = f"{len(absent)} of {len(photos)} photographs, such as {absent[0]}"
+                print(f"{some}, have no row in the table {how!r}", file=sys.stderr)
     try:
         options.absolute()  # before anything is noted down
     except InputError as error:

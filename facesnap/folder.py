@@ -291,8 +291,8 @@ def write(
         InputError: a LoRA lies over a part, so that its file could not be read again; there can be no such folder.
     """
     check_dtype(dtype)
-    if (variant := options.get("variant")) is not None and not re.fullmatch(r"[\w.-]+", str(variant)):
-        raise InputError(f"A variant is a word in the names of files, such as 'fp16', and cannot be {variant!r}.")
+    variant = options.get("variant")
+    _check_names(variant, options.get("max_shard_size"))
     ready = {name: _to_save(name, part, dtype) for name, part in parts.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,6 +327,13 @@ def write(
                 shutil.copyfile(file, place / file.name)
     values = {"facesnap": facesnap.__version__} | asdict(settings)
     (folder / SETTINGS_NAME).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_names(variant: Any, max_shard_size: Any) -> None:
+    if variant is not None and not re.fullmatch(r"[\w.-]+", str(variant)):
+        raise InputError(f"A variant is a word in the names of files, such as 'fp16', and cannot be {variant!r}.")
+    if max_shard_size is not None and not re.fullmatch(r"(?i)\d+|[\d.]+ *[KMGT]I?B", str(max_shard_size)):
+        raise InputError(f"max_shard_size is {shown(max_shard_size)}; give bytes, or words such as '5GB'.")
 
 
 def _to_save(name: str, part: Any, dtype: torch.dtype | None) -> Any:

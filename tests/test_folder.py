@@ -179,6 +179,12 @@ def test_a_folder_of_a_variant_alone_names_it(tmp_path, tiny_readers):
         FaceSnapPipeline.from_pretrained(tmp_path)
 
 
+def test_a_size_of_pieces_that_is_none_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="max_shard_size is large; give bytes"):
+        tiny_pipeline().save_pretrained(tmp_path / "new", max_shard_size="large")
+    assert not (tmp_path / "new").exists()
+
+
 def test_arguments_of_the_hub_reach_it(saved, tiny_readers, monkeypatch):
     asked = []
     for name in ("hf_hub_download", "snapshot_download"):

@@ -20,7 +20,7 @@ from facesnap.web.denoise import Step, gpu_seconds
 from facesnap.web.door import for_visitors, visitor_of
 from facesnap.web.endpoints import MOST_AT_ONCE
 from facesnap.web.line import Busy, Visitor
-from facesnap.web.request import SPECS, STYLES, PortraitRequest, frame
+from facesnap.web.request import MAX_SEED, SPECS, STYLES, PortraitRequest, frame
 from facesnap.web.studio import READINGS_OF_ADDRESS, Look, Portrait, Studio, Waiting
 from facesnap.web.words import likeness, sentence, unknown_words
 
@@ -186,6 +186,12 @@ def test_the_work_of_one_request_has_an_end(pipe, files):
     studio_order(files, steps=40, count=4).check(pipe)
     with pytest.raises(InputError, match="fewer pictures"):
         studio_order(files, steps=50, count=4).check(pipe)
+
+
+def test_every_seed_that_is_told_can_be_asked_for(pipe, files):
+    studio_order(files, seed=MAX_SEED - 1, count=2).check(pipe)
+    with pytest.raises(InputError, match=f"last picture's seed would be {MAX_SEED + 1}"):
+        studio_order(files, seed=MAX_SEED, count=2).check(pipe)
 
 
 def test_likeness_has_a_word_for_every_score_and_each_checkpoint_its_own(pipe):

@@ -54,8 +54,8 @@ class KeptFeatures:
 
     latents (N, C, h, w) float16, in the denoiser's units; `looks` of the pictures as they are, `photographed` and
     `poor` of changed ones. controls: of `embed_controls`, or None to draw. phi (N, 512): of `features.phi_of`; targets
-    whose prompt asks for a hat or glasses are left out of the identity loss: to a recogniser these make another
-    person, so that it would take them off.
+    whose prompt asks for a hat, glasses or a drawing are left out of the identity loss: to a recogniser these make
+    another person, so that it would take them off and make a photograph of it.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class KeptFeatures:
         self.rows, self.photos = np.array(sorted(self.references)), np.flatnonzero(found)
         often = [config.glasses if people.attributes[row]["glasses"] != "none" else 1.0 for row in self.rows]
         self.share = np.array(often) / sum(often)
-        self.covered = np.array([a["hat"] != "none" or a["glasses"] != "none" for a in people.attributes])
+        plain = [a["hat"] == "none" and a["glasses"] == "none" for a in people.attributes]
+        self.resembles = np.array(plain) & np.isin(people.styles, ("photo", "black and white"))
 
     # ---- what the stage asks -------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class KeptFeatures:
             "control": control,
             "drop_text": torch.from_numpy(rng.random(len(rows)) < config.drop_text),
             "drop_face": torch.from_numpy(rng.random(len(rows)) < config.drop_face),
-            "resembles": torch.from_numpy(~self.covered[rows]),
+            "resembles": torch.from_numpy(self.resembles[rows]),
         }
         if config.without_ffrnet:
             batch["ffrnet"] = torch.from_numpy(~bare)

@@ -170,7 +170,8 @@ def portrait_stage(
         phi = _kept(place / f"phi-{digest}.npy", lambda: phi_of(recogniser, known, looks.features))
         loss = IdentityLoss.of(pipe, recogniser, identity)
         options |= {"identity": identity, "identity_loss": loss}
-        options["loss"] = LossConfig(weighting=LOSS.weighting, features=LOSS.features, branch=BRANCH)
+        # with the background: it has the hats that the prompt asks for, and the loss of the face alone lets them go
+        options["loss"] = replace(JOINT, branch=BRANCH)
     # guidance goes from a picture without FFRNet to one with it: the joint stage teaches both
     config = KeptConfig(batch_size, without_ffrnet=0.15 if joint else 0.0, drop_face=0.05)
     source = KeptFeatures(

@@ -223,6 +223,8 @@ class PortraitRequest:
             raise InputError(f"The picture would be {width} × {height} pixels; it may have {most}: make it smaller.")
         if not preview:
             self._check_work(settings, width * height / settings.size**2)
+            if (last := self.seed + self.count - 1) > MAX_SEED:
+                raise InputError(f"The last picture's seed would be {last}: choose a seed of at most {MAX_SEED}.")
 
     def check_value(self, name: str, settings: Any) -> None:
         """Raises InputError where the value of one parameter is of a wrong kind, or beyond its range."""

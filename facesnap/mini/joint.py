@@ -80,7 +80,7 @@ def make_pipe(
     """The mini of PARTS and a VAE, which is as far as the stages need it; `others` look at photographs."""
     settings = Settings(
         name="FaceSnap mini", size=SIZE, steps=8, guidance=2.0, about=about or {}, prompt="a photo of a person",
-        same_person=0.47,  # renders: 0.4 % of strangers pass, 3 % of true pairs fail; of strangers' photographs 70 % pass
+        same_person=0.47,  # renders: 0.4 % of strangers pass, 3 % of pairs fail; strangers' photographs: 70 % pass
         saturation=0.6,  # chosen on seven photographs; of renders it changes next to nothing
     )  # fmt: skip
     pipe = FaceSnapPipeline(

@@ -1,6 +1,5 @@
 """app.py and what the repository ships: the Space's header, requirements, examples, and the main job on the mini."""
 
-import json
 import os
 import re
 import signal
@@ -125,10 +124,10 @@ needs_mini = pytest.mark.skipif(not MINI.exists() and not os.environ.get("CI"), 
 
 @needs_mini
 def test_every_example_has_its_photo():
-    from facesnap.folder import Settings
+    from facesnap.folder import read_settings
 
     shelf = examples(server.ASSETS / "examples")
-    known = [style.name for style in styles(Settings(**json.loads((MINI / "facesnap.json").read_text())))]
+    known = [style.name for style in styles(read_settings(MINI))]
     assert len(shelf) >= 3 and len(known) < len(STYLES)  # the mini offers the styles that it was taught
     assert all(row["pose"] in POSES and row["prompt"] and row["style"] in known for row in shelf)
     assert all(Path(row["reference"]).exists() for row in shelf)

@@ -26,14 +26,12 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or no
 
 from facesnap.evaluation import methods, plan, score  # noqa: E402
 from facesnap.evaluation.__main__ import parse  # noqa: E402
-from facesnap.mini.joint import load_parts, save_parts  # noqa: E402
+from facesnap.mini.joint import load_parts  # noqa: E402
 from facesnap.mini.portraits import IDENTITY, latest, portrait_stage  # noqa: E402
 from facesnap.mini.recipe import Run  # noqa: E402
-from facesnap.mini.tables import begun_with, write_model  # noqa: E402
-from facesnap.training.checkpointing import write_whole  # noqa: E402
+from facesnap.mini.tables import begun_with, train_parts, write_model  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
-from facesnap.training.processes import make_accelerator  # noqa: E402
-from facesnap.training.trainer import Trainer, TrainerConfig  # noqa: E402
+from facesnap.training.trainer import TrainerConfig  # noqa: E402
 
 FIGURES = ("retention C", "copy-paste C", "FaceSim C", "landmark_error", "text_accuracy")
 
@@ -72,12 +70,7 @@ def fine_tune(run: Run, arm: Arm, seed: int, place: Path, steps: int, batch: int
         place / "run", steps=steps, optimiser="muon", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, ema=0.99,
         warmup=20, hold=0.5, seed=seed, device=run.device, log_every=20, checkpoint_every=100, sheet_every=0,
     )  # fmt: skip
-    trainer = Trainer(stage, config, make_accelerator(config, find_unused=True))
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        with trainer.averaged():
-            write_whole(place / "parts", lambda draft: save_parts(stage.pipe, draft))
-    trainer.accelerator.wait_for_everyone()
+    train_parts(stage, config, place / "parts")
 
 
 def value(found: dict[str, Any], figure: str) -> float:

@@ -37,6 +37,7 @@ from facesnap.mini.portraits import latest, portrait_stage
 from facesnap.mini.recipe import FACTOR, Run
 from facesnap.mixer import FacialAttributeMixer
 from facesnap.training.checkpointing import write_whole
+from facesnap.training.portraits import PortraitStage
 from facesnap.training.processes import make_accelerator
 from facesnap.training.trainer import Trainer, TrainerConfig
 
@@ -92,11 +93,16 @@ def train(run: Run, row: TableRow, seed: int, place: Path, samples: int) -> None
         place / "run", steps=steps, optimiser="muon", lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, ema=0.999,
         warmup=60, hold=0.5, seed=seed, device=run.device, log_every=20, checkpoint_every=200, sheet_every=1000,
     )  # fmt: skip
+    train_parts(stage, config, place / "parts")
+
+
+def train_parts(stage: PortraitStage, config: TrainerConfig, out: Path) -> None:
+    """Train a stage to its end; the first of the processes writes its averaged parts into `out`."""
     trainer = Trainer(stage, config, make_accelerator(config, find_unused=True))
     trainer.train()
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
-            write_whole(place / "parts", lambda draft: save_parts(stage.pipe, draft))
+            write_whole(out, lambda draft: save_parts(stage.pipe, draft))
     trainer.accelerator.wait_for_everyone()
 
 

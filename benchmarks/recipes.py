@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as it is, installed or no
 from facesnap.evaluation import methods, plan, score  # noqa: E402
 from facesnap.evaluation.__main__ import parse  # noqa: E402
 from facesnap.mini.joint import load_parts  # noqa: E402
-from facesnap.mini.portraits import IDENTITY, latest, portrait_stage  # noqa: E402
+from facesnap.mini.portraits import IDENTITY, JOINT, latest, portrait_stage  # noqa: E402
 from facesnap.mini.recipe import Run  # noqa: E402
 from facesnap.mini.tables import begun_with, train_parts, write_model  # noqa: E402
 from facesnap.training.identity import IdentityConfig  # noqa: E402
@@ -47,9 +47,15 @@ class Arm:
 
 ARMS = {
     "recipe": Arm(),
-    # as it was: the identity loss counted once where it is computed every k-th step, all references as rendered
-    "old": Arm({"weight": IDENTITY["weight"] / IDENTITY["every"]}, {"branch": 0.0}, {"photographed": 0.0, "poor": 0.0}),
-    "without-identity": Arm(identity=None),
+    # as it was: the identity loss counted once where it is computed every k-th step, the face alone, all references as
+    # rendered (that it saw drawings too is not repeated)
+    "old": Arm(
+        {"weight": IDENTITY["weight"] / IDENTITY["every"]},
+        {"branch": 0.0, "background": 0.0},
+        {"photographed": 0.0, "poor": 0.0},
+    ),
+    "without-identity": Arm(identity=None, loss={"background": JOINT.background}),
+    "background-0": Arm(loss={"background": 0.0}),
     "background-0.1": Arm(loss={"background": 0.1}),
     "ffrnet-off-0.15": Arm(drawn={"without_ffrnet": 0.15}),
     "face-never-dropped": Arm(drawn={"drop_face": 0.0}),
